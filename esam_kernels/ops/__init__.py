@@ -14,7 +14,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import reference
 from .reference import ElementMask
 
 __all__ = ["ElementMask", "explain", "perturb_", "restore_", "select_top", "squared_norm", "use_backend"]
@@ -172,7 +171,7 @@ def _choose(tensor: Tensor) -> tuple[str, list[tuple[str, str]]]:
     forced = _forced.get() or os.environ.get("ESAM_KERNELS_BACKEND")
     if forced is not None and forced not in _MODULES:
         raise ValueError(f"ESAM_KERNELS_BACKEND={forced}: choose one of {', '.join(_MODULES)}")
-    passed_over = []
+    passed_over: list[tuple[str, str]] = []
     for name in (forced,) if forced else _PREFERENCE.get(tensor.device.type, ()):
         if name == "reference":
             break

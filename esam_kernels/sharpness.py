@@ -1,0 +1,348 @@
+"""The passes of one ESAM step, in their order: ascend, perturb, look, select, descend, restore.
+
+Source: ESAM (Du et al., ICLR 2022, arXiv 2110.03141) algorithm 1, with the scale rho / beta of the authors' code.
+
+Contexts such as ``torch.no_grad`` are applied as decorators here and never as ``with`` blocks: an exception that lands
+between the body of a block and its exit would leave the context entered.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .closure import Closure
+from .model_state import ModelState, forget_low_precision_weights, low_precision
+from .ops.reference import SAMPLE_STREAM, element_words
+from .rollback import Rollback
+from .weight_mask import draw_tensors
+
+Scale = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ESAM is told, apart from the rho and adaptive of each parameter group; ``ESAM`` documents each of them."""
+
+    beta: float
+    gamma: float
+    granularity: str
+    selection: str
+    select_over: str
+    interval: int
+    steering_dtype: torch.dtype | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parameter that can be perturbed."""
+
+    param: Tensor
+    tensor_id: int  # its place among all parameters of the optimizer, as in the state dict
+    rho: float
+    adaptive: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one pass found out about one micro-batch: losses, and their weights if the closure gives any; shape [b]."""
+
+    losses: Tensor
+    weights: Tensor | None
+
+    @property
+    def total_weight(self) -> Tensor | int:
+        """The sum of the weights; each is 1 if there are none."""
+        return len(self.losses) if self.weights is None else self.weights.sum()
+
+    @property
+    def weighted_sum(self) -> Tensor:
+        """The sum of the losses, each times its weight."""
+        return (self.losses if self.weights is None else self.losses * self.weights).sum()
+
+    def detach(self) -> "Sample":
+        """The same without the graph."""
+        return Sample(self.losses.detach(), self.weights)
+
+
+class Perturbation:
+    """The weights that a step moves uphill, and what they were."""
+
+    def __init__(self, settings: Settings, step: int) -> None:
+        self._settings = settings
+        self._step = step
+        self._params: list[Tensor] = []
+        self._backups: list[Tensor] = []
+
+    def apply(self, targets: Sequence[Target], grads: Sequence[Tensor | None]) -> Tensor:
+        """w <- w + e with e = (rho / beta) * m*g / (‖m*g‖ + eps), the norm being that over all targets.
+
+        Args:
+            targets: the drawn parameters.
+            grads: their gradients; None for a parameter that the loss does not depend on, which stays as it is.
+
+        Returns:
+            The norm ‖m*g‖, 0-dimensional, on a device. If it is not finite, no weight has moved.
+        """
+        lists = []  # an operator takes parameters of one kind, adaptive or not
+        for adaptive in (False, True):
+            kind = [(t, g) for t, g in zip(targets, grads) if g is not None and t.adaptive is adaptive]
+            if kind:
+                kind_targets = [t for t, _ in kind]
+                params = [t.param for t in kind_targets]
+                coefficients = [t.rho / self._settings.beta for t in kind_targets]
+                lists.append((params, [g for _, g in kind], coefficients, adaptive, self._mask(kind_targets)))
+        squares = [ops.squared_norm(params, gs, adaptive, mask) for params, gs, _, adaptive, mask in lists]
+        norm = torch.stack([square.to(squares[0]) for square in squares] or [torch.zeros(())]).sum().sqrt()
+        for params, gs, coefficients, adaptive, mask in lists:
+            backups = [torch.empty_like(param) for param in params]
+            self._backups += backups
+            self._params += params
+            ops.perturb_(params, gs, backups, coefficients, norm, adaptive, mask)
+        return norm
+
+    def restore(self) -> None:
+        """Put every weight back, bit for bit. Doing it again changes nothing."""
+        # A backup is whole as soon as its version has moved (see ops.perturb_); until then its weight is untouched.
+        whole = [(param, backup) for param, backup in zip(self._params, self._backups) if backup._version > 0]
+        if whole:
+            ops.restore_([param for param, _ in whole], [backup for _, backup in whole])
+
+    def _mask(self, targets: Sequence[Target]) -> ops.ElementMask | None:
+        by_element = self._settings.granularity == "element"
+        low_precision = any(target.param.dtype in (torch.bfloat16, torch.float16) for target in targets)
+        if not by_element and not low_precision:
+            return None
+        ids = [target.tensor_id for target in targets]
+        return ops.ElementMask(self._settings.seed, self._step, ids, self._settings.beta if by_element else 1.0)
+
+
+def esam_backward(
+    closures: Sequence[Closure],
+    params: Sequence[Tensor],
+    targets: Sequence[Target],
+    settings: Settings,
+    step: int,
+    state: ModelState,
+    grad_scaler: torch.amp.GradScaler | None,
+    rollback: Rollback,
+) -> Tensor:
+    """One ESAM step up to and including restore; leaves the sharpness-aware gradient in ``.grad``.
+
+    Args:
+        closures: one for each micro-batch.
+        params: all parameters of the optimizer, whose ``.grad`` is None.
+        targets: those of them that can be perturbed; not empty.
+        settings: see ``ESAM``.
+        step: number of the step, for its draws.
+        state: what the passes must not disturb.
+        grad_scaler: scales the losses, or None.
+        rollback: where changes are registered before they are made.
+
+    Returns:
+        The mean loss at w, 0-dimensional, detached, on the losses' device.
+    """
+    steered = low_precision(evaluate, settings.steering_dtype, {param.device.type for param in params})
+    replay_random_state = state.keep(rollback)
+    use_replicas = state.bypass_replicas(rollback)
+
+    # Pass 1, ascend: the losses at w, and the gradient of the drawn weights.
+    chosen = drawn(targets, settings, step)
+    before, grads = ascend(closures, chosen, steered, loss_scale(grad_scaler), rollback)
+    put_back_buffers = state.keep_buffers()
+
+    # Perturb: w <- w + e.
+    perturbation = Perturbation(settings, step)
+    rollback.undo_by(perturbation.restore)
+    norm = perturbation.apply(chosen, grads)
+    grads.clear()
+
+    # Pass 2, look: the losses at w + e, with the random numbers of pass 1. Only the increase is selected by it.
+    after: list[Sample] = []
+    if settings.gamma < 1 and settings.selection == "increase":
+        replay_random_state()
+        forget_low_precision_weights()
+        look = torch.no_grad()(steered)
+        after = [look(closure, rollback, size=len(sample.losses)) for closure, sample in zip(closures, before)]
+    use_replicas()
+
+    # Pass 3, descend: the gradient of the selected samples at w + e, for all weights.
+    indices = select(before, after, settings, step)
+    descend(closures, indices, params, state, loss_scale(grad_scaler, norm), rollback)
+    for target in targets:
+        check_gradient(target, target.param.grad)
+
+    perturbation.restore()
+    put_back_buffers()
+    forget_low_precision_weights()
+    return mean(before)
+
+
+def drawn(targets: Sequence[Target], settings: Settings, step: int) -> list[Target]:
+    """The parameters that a step perturbs as a whole, or elements of which it perturbs."""
+    if settings.granularity == "element":
+        return list(targets)
+    ids = [target.tensor_id for target in targets]
+    return [targets[i] for i in draw_tensors(ids, settings.beta, settings.seed, step)]
+
+
+def ascend(
+    closures: Sequence[Closure],
+    targets: Sequence[Target],
+    evaluate: Callable[..., Sample],
+    scale: Scale,
+    rollback: Rollback,
+) -> tuple[list[Sample], list[Tensor | None]]:
+    """The losses at w, and the gradients of the targets alone, up to a common factor: only their direction matters."""
+    forget_low_precision_weights()
+    params = [target.param for target in targets]
+    samples: list[Sample] = []
+    grads: list[Tensor | None] = [None] * len(params)
+    for closure in closures:
+        sample = evaluate(closure, rollback)
+        samples.append(sample.detach())
+        loss = scale(sample.weighted_sum / samples[0].total_weight)
+        # Not backward(): that would fill .grad, fire the hooks on it, and compute the gradients of all weights.
+        found = rollback.interruptible(torch.autograd.grad, loss, params, allow_unused=True)
+        # Not in place: autograd may return one tensor for two parameters, or a view that repeats an element.
+        grads = [b if a is None else a if b is None else a + b for a, b in zip(grads, found)]
+        del sample, loss, found  # the graph, with its activations, before the next one is built
+    return samples, [check_gradient(target, grad) for target, grad in zip(targets, grads)]
+
+
+def select(before: Sequence[Sample], after: Sequence[Sample], settings: Settings, step: int) -> list[Tensor | None]:
+    """For each micro-batch the rows that the gradient is taken on, ascending; None for all of them."""
+    if settings.gamma == 1:
+        return [None] * len(before)
+    low = [sample.losses for sample in before]
+    if settings.selection == "increase":
+        high = [sample.losses for sample in after]
+    else:
+        high = low if settings.selection == "loss" else [random_scores(x, i, settings, step) for i, x in enumerate(low)]
+        low = [torch.zeros_like(x) for x in high]
+    if settings.select_over == "micro_batch" or len(before) == 1:
+        return [ops.select_top(a, b, count(settings.gamma, len(a))) for a, b in zip(low, high)]
+    sizes = [len(x) for x in low]
+    index = ops.select_top(torch.cat(low), torch.cat(high), count(settings.gamma, sum(sizes)))
+    ends = torch.tensor(sizes).cumsum(0)
+    # How many rows each micro-batch gets is known on the device alone: the one synchronization of this option.
+    cuts = torch.searchsorted(index, ends.to(index.device)).tolist()
+    starts = [0, *ends.tolist()]
+    return [index[i:j] - start for i, j, start in zip([0, *cuts], cuts, starts)]
+
+
+def count(gamma: float, size: int) -> int:
+    """How many of ``size`` samples the keep ratio gamma selects."""
+    return max(1, math.floor(gamma * size))
+
+
+def random_scores(losses: Tensor, micro_batch: int, settings: Settings, step: int) -> Tensor:
+    """Uniform numbers for the samples, from the seed and the step alone."""
+    words = element_words(settings.seed, step, micro_batch, SAMPLE_STREAM, 0, len(losses), losses.device)
+    return words.to(torch.float32)
+
+
+def descend(
+    closures: Sequence[Closure],
+    indices: Sequence[Tensor | None],
+    params: Sequence[Tensor],
+    state: ModelState,
+    scale: Scale,
+    rollback: Rollback,
+) -> list[Sample]:
+    """Accumulate in ``.grad`` the gradient of the weighted mean over the rows ``indices`` of the micro-batches."""
+    forget_low_precision_weights()
+    work = [(closure, index) for closure, index in zip(closures, indices) if index is None or len(index) > 0]
+    samples: list[Sample] = []
+
+    def accumulate(closure: Closure, index: Tensor | None) -> None:
+        seen = sum(sample.total_weight for sample in samples)
+        sample = evaluate(closure, rollback, index)
+        total = seen + sample.total_weight
+        if samples:  # a running mean, since how much weight is still to come is not known
+            torch._foreach_mul_([p.grad for p in params if p.grad is not None], seen / total)
+        rollback.interruptible(scale(sample.weighted_sum / total).backward)
+        samples.append(sample.detach())
+
+    for closure, index in work[:-1]:
+        state.without_gradient_sync(accumulate)(closure, index)
+    accumulate(*work[-1])
+    return samples
+
+
+def mean(samples: Sequence[Sample]) -> Tensor:
+    """The weighted mean of the losses over all micro-batches, 0-dimensional."""
+    total = sum(sample.total_weight for sample in samples)
+    return torch.stack([sample.weighted_sum for sample in samples]).sum() / total
+
+
+def loss_scale(grad_scaler: torch.amp.GradScaler | None, norm: Tensor | None = None) -> Scale:
+    """What the loss is multiplied with before its backward.
+
+    A perturbation whose norm is not finite has moved no weight; the loss then becomes NaN, so that the scaler finds
+    it, backs off and skips the step, on every rank alike.
+    """
+    if grad_scaler is None or not grad_scaler.is_enabled():
+        return lambda loss: loss
+    if norm is None:
+        return grad_scaler.scale
+    poison = torch.where(norm.isfinite(), 1.0, math.nan)
+    return lambda loss: grad_scaler.scale(loss * poison.to(loss.device))
+
+
+def evaluate(closure: Closure, rollback: Rollback, index: Tensor | None = None, size: int | None = None) -> Sample:
+    """Call the closure for the rows in ``index`` (None: all of them), and check what it returns.
+
+    Raises:
+        TypeError: if it does not return a tensor, or two.
+        ValueError: if the losses are not a floating tensor of shape [b] with a graph, or the weights do not fit.
+    """
+    size = size if index is None else len(index)
+    result = rollback.interruptible(closure, index)
+    losses, weights = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if not isinstance(losses, Tensor) or not isinstance(weights, Tensor | None):
+        raise TypeError(
+            f"the closure returned {type(result).__name__}: return one loss per sample, a tensor of shape [b], "
+            "or a tuple (losses, weights)"
+        )
+    if losses.dim() == 0:
+        raise ValueError("the closure returned a scalar: return one loss per sample, for example with reduction='none'")
+    if losses.dim() != 1:
+        raise ValueError(
+            f"the closure returned losses of shape {list(losses.shape)}: return one loss per sample, shape [b], for "
+            "example losses.flatten(1).mean(1), or (losses, weights)"
+        )
+    if not losses.dtype.is_floating_point:
+        raise ValueError(f"the closure returned {losses.dtype} losses: return a floating dtype")
+    if len(losses) == 0 or size not in (None, len(losses)):
+        raise ValueError(
+            f"the closure returned {len(losses)} losses for {'a batch' if size is None else size} samples: "
+            "closure(index) is to return the losses of the rows in index, and closure(None) always the same batch"
+        )
+    if torch.is_grad_enabled() and not losses.requires_grad:
+        raise ValueError("the closure returned losses without a graph: compute them from the parameters, not detached")
+    if weights is not None and (weights.shape != losses.shape or weights.is_complex()):
+        raise ValueError(
+            f"the closure returned {weights.dtype} weights of shape {list(weights.shape)} for losses of shape "
+            f"{list(losses.shape)}: return one real weight for each loss"
+        )
+    dtype = torch.promote_types(losses.dtype, torch.float32)  # sums of bf16 and fp16 losses would lose their digits
+    return Sample(losses.to(dtype), None if weights is None else weights.detach().to(dtype))
+
+
+def check_gradient(target: Target, grad: Tensor | None) -> Tensor | None:
+    """The gradient, if the target can be perturbed by it.
+
+    Raises:
+        ValueError: if the gradient is sparse.
+    """
+    if grad is not None and grad.layout != torch.strided:
+        raise ValueError(
+            f"parameter {target.tensor_id}, of shape {list(target.param.shape)}, has a sparse gradient, which cannot "
+            "be perturbed: make its layer with sparse=False, or give its parameter group rho=0"
+        )
+    return grad

@@ -1,0 +1,26 @@
+"""Stochastic weight perturbation: which tensors a step draws, from the seed and the step's number alone.
+
+Source: ESAM (Du et al., ICLR 2022, arXiv 2110.03141) section 3.1. Masks of single elements are drawn
+inside the operators, by `ops.ElementMask`.
+"""
+
+from collections.abc import Sequence
+
+from .ops.reference import keep_threshold, tensor_words
+
+
+def draw_tensors(tensor_ids: Sequence[int], beta: float, seed: int, step: int) -> list[int]:
+    """Draw each tensor with probability beta, and at least one.
+
+    Args:
+        tensor_ids: the fixed number of each tensor that can be drawn; not empty.
+        beta: keep probability, in (0, 1].
+        seed: 64-bit key of the generator.
+        step: number of the step.
+
+    Returns:
+        The positions in ``tensor_ids`` of the drawn tensors, ascending.
+    """
+    words = tensor_words(seed, step, tensor_ids).tolist()
+    threshold = keep_threshold(beta)
+    return [i for i, word in enumerate(words) if word < threshold] or [min(range(len(words)), key=words.__getitem__)]
