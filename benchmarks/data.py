@@ -31,6 +31,7 @@ class ImageData:
         label: what results obtained with it are called.
         pad: by how many pixels augmentation may shift an image.
         flip: whether augmentation may mirror an image (a mirrored digit is no digit).
+        memory_format: of the batches.
     """
 
     label: str
@@ -40,6 +41,7 @@ class ImageData:
     test_labels: Tensor
     pad: int
     flip: bool
+    memory_format: torch.memory_format
     classes: int = 10
     _mean: Tensor = field(init=False)
     _std: Tensor = field(init=False)
@@ -70,7 +72,7 @@ class ImageData:
 
     def normalize(self, images: Tensor) -> Tensor:
         """Float images that have mean 0 and deviation 1 in each channel over the training set."""
-        return (images.float() - self._mean) / self._std
+        return ((images.float() - self._mean) / self._std).contiguous(memory_format=self.memory_format)
 
 
 def augment(images: Tensor, pad: int, flip: bool, generator: torch.Generator) -> Tensor:
@@ -85,16 +87,17 @@ def augment(images: Tensor, pad: int, flip: bool, generator: torch.Generator) ->
     # One gather for all images; indexing around the slice puts the channels last.
     sample = torch.arange(n, device=device)[:, None, None]
     crops = nn.functional.pad(images, (pad,) * 4)[sample, :, rows[:, :, None], columns[:, None, :]]
-    return crops.permute(0, 3, 1, 2).contiguous()
+    return crops.permute(0, 3, 1, 2)
 
 
-def load(name: str, file: Path | None, device: torch.device) -> ImageData:
+def load(name: str, file: Path | None, device: torch.device, memory_format: torch.memory_format) -> ImageData:
     """A data set on the device.
 
     Args:
         name: one of ``DATASETS``.
         file: where CIFAR-10 is: the python-pickle archive or its extracted folder, or an .npz pack of JPEG files.
         device: where to put it.
+        memory_format: in which order the dimensions of its batches lie in memory.
 
     Raises:
         ValueError: if a file is missing or not needed.
@@ -116,7 +119,7 @@ def load(name: str, file: Path | None, device: torch.device) -> ImageData:
     train_images, train_labels, test_images, test_labels = (
         array.to(device, torch.uint8 if array.dim() == 4 else torch.int64) for array in arrays
     )
-    return ImageData(label, train_images, train_labels, test_images, test_labels, pad, flip)
+    return ImageData(label, train_images, train_labels, test_images, test_labels, pad, flip, memory_format)
 
 
 def _digits() -> tuple[Arrays, Arrays]:
