@@ -310,11 +310,11 @@ class ESAM(torch.optim.Optimizer):
             perturbation.apply(chosen, [check_gradient(target, target.param.grad) for target in chosen])
             forget_low_precision_weights()
             rollback.close()
+            if zero_grad:
+                self.zero_grad()
         except BaseException:
             rollback.roll_back()
             raise
-        if zero_grad:
-            self.zero_grad()
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Put the weights back and take the base optimizer's step with the gradients in ``.grad``.
