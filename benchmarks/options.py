@@ -1,7 +1,7 @@
 """The command line that the benchmarks share: data, network, device and hyperparameters."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from . import data, models
+from .environment import cpu_has_bf16_matrix_units
 from .methods import Settings
 
 RESULTS = Path(__file__).parent / "results"
 
 # Where the defaults of options come from; --data and --model choose. Those for CIFAR-10 are the paper's.
 RECIPES: dict[str, dict[str, Any]] = {
-    "digits": {"model": "small", "batch_size": 128, "epochs": 40, "lr": 0.1, "weight_decay": 5e-4},
-    "cifar10": {"model": "resnet18", "batch_size": 128, "epochs": 200, "lr": 0.05, "weight_decay": 1e-3},
+    "digits": {"model": "small", "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4},
+    "cifar10": {"model": "resnet18", "batch_size": 128, "lr": 0.05, "weight_decay": 1e-3},
     "wrn28_10": {"rho": 0.1, "beta": 0.5},
 }
 
@@ -42,13 +43,24 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse, with the defaults of the recipes for the chosen data and network."""
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, recipes: Mapping[str, dict[str, Any]]
+) -> argparse.Namespace:
+    """Parse, with defaults for the chosen data and network from ``RECIPES``, and before them from ``recipes``."""
     for choice in ("data", "model"):
         known = vars(parser.parse_known_args(argv)[0])
-        recipe = RECIPES.get(known[choice], {})
+        recipe = RECIPES.get(known[choice], {}) | recipes.get(known[choice], {})
         parser.set_defaults(**{name: value for name, value in recipe.items() if name in known})
     return parser.parse_args(argv)
+
+
+def images(args: argparse.Namespace) -> data.ImageData:
+    """The chosen data on the chosen device, after saying what may surprise there."""
+    device = torch.device(args.device)
+    if device.type == "cpu" and not cpu_has_bf16_matrix_units():
+        print("This CPU has no bf16 matrix units: what runs in bf16 saves no time here.")
+    torch.backends.cudnn.benchmark = True
+    return data.load(args.data, args.data_file, device, memory_format(args))
 
 
 def as_json(args: argparse.Namespace) -> dict[str, Any]:

@@ -6,14 +6,26 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .options import RESULTS
+from . import options
+from .environment import environment
 
-README = RESULTS.parent.parent / "README.md"
+README = options.RESULTS.parent.parent / "README.md"
+
+
+def header(benchmark: str, data: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What every result begins with: which benchmark it is of, and what is needed to repeat it."""
+    return {"benchmark": benchmark, "data": data, "environment": environment(), "settings": options.as_json(args)}
+
+
+def save(result: dict[str, Any], folder: Path, stem: str) -> None:
+    """Write a result as JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def train_table(result: dict[str, Any]) -> str:
     """The table of a training result: accuracy, time and memory of each method, and how they were measured."""
-    header = ["optimizer", "test accuracy, %", "step, ms", "cost over SGD", "peak memory, MB"]
+    columns = ["optimizer", "test accuracy, %", "step, ms", "cost over SGD", "peak memory, MB"]
     rows = []
     for method in result["methods"].values():
         spread = "" if method["test_accuracy_std"] is None else f" ± {method['test_accuracy_std']:.2f}"
@@ -37,7 +49,7 @@ def train_table(result: dict[str, Any]) -> str:
         f"{method['seeds']} seed{'s'[: method['seeds'] > 1]} (mean ± standard deviation), rho {settings['rho']}, "
         f"beta {settings['beta']}, gamma {settings['gamma']}. {machine(result)}"
     )
-    return f"{table(header, rows)}\n\n{caption}"
+    return f"{table(columns, rows)}\n\n{caption}"
 
 
 def step_cost_table(result: dict[str, Any]) -> str:
@@ -80,17 +92,17 @@ def machine(result: dict[str, Any]) -> str:
     return f"{device}; torch {env['torch']}; commit {env['commit']}{dirty}; {env['date']}."
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table with numbers to the right, whose columns also line up as plain text."""
     rows = list(rows)
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
 
     def line(cells: Sequence[str]) -> str:
         padded = [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(cells, widths))]
         return f"| {' | '.join(padded)} |"
 
     rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join(line(cells) for cells in [header, rule, *rows])
+    return "\n".join(line(cells) for cells in [columns, rule, *rows])
 
 
 def update(readme: str, results: Path) -> str:
@@ -126,7 +138,7 @@ def _ratio(ratio: dict[str, float]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Rewrite the README's results."""
     argparse.ArgumentParser(description=__doc__).parse_args(argv)
-    README.write_text(update(README.read_text(), RESULTS))
+    README.write_text(update(README.read_text(), options.RESULTS))
 
 
 if __name__ == "__main__":

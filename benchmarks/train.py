@@ -5,7 +5,6 @@ of the machine meets all of them. A step's time includes the preparation of its 
 """
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from statistics import mean, stdev
@@ -17,7 +16,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
 from . import data, options, plots, report
-from .environment import cpu_has_bf16_matrix_units, environment
 from .measure import Stopwatch, peak_memory, ratio, spread
 from .methods import BF16_ON_ITS_OWN, METHODS, trainer
 
@@ -137,7 +135,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--seeds", type=int, default=3, help="how many; default: %(default)s")
     add("--amp", choices=AMP, help="train under autocast; fp16 with a GradScaler")
-    args = options.parse(parser, argv)
+    args = options.parse(parser, argv, {"digits": {"epochs": 40}, "cifar10": {"epochs": 200}})
     if args.optimizers is None:
         args.optimizers = [name for name in METHODS if not (args.amp and name in BF16_ON_ITS_OWN)]
     elif args.amp and (odd := set(args.optimizers) & set(BF16_ON_ITS_OWN)):
@@ -151,30 +149,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the job, write its results and print the table."""
     started = perf_counter()
     args = parse_args(argv)
-    device = torch.device(args.device)
-    torch.backends.cudnn.benchmark = True
-    if device.type == "cpu" and not cpu_has_bf16_matrix_units() and not args.amp:
-        print("This CPU has no bf16 matrix units: bf16 runs, but saves no time here.")
-    images = data.load(args.data, args.data_file, device, options.memory_format(args))
+    images = options.images(args)
     steps = images.steps_per_epoch(args.batch_size)
     memory = {name: memory_of(name, images, args) for name in tqdm(args.optimizers, "measuring memory", leave=False)}
     deadline = math.inf if args.time_budget is None else started + args.time_budget
     curves = train(images, args, deadline)
     summary = summarize(curves, steps, args.epochs)
-    result = {
-        "benchmark": "train",
-        "data": images.label,
-        "environment": environment(),
-        "settings": options.as_json(args),
-        "steps_per_epoch": steps,
-        "methods": {
-            name: {"label": METHODS[name].label, "peak_memory_bytes": memory[name], **summary[name]} for name in curves
-        },
-        "curves": curves,
+    methods = {
+        name: {"label": METHODS[name].label, "peak_memory_bytes": memory[name], **summary[name]} for name in curves
     }
-    args.output.mkdir(parents=True, exist_ok=True)
+    result = report.header("train", images.label, args)
+    result |= {"steps_per_epoch": steps, "methods": methods, "curves": curves}
     stem = f"train_{args.data}_{args.device}"
-    (args.output / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+    report.save(result, args.output, stem)
     plots.accuracy_over_time(result, args.output / f"{stem}_time.svg")
     plots.accuracy_over_cost(result, args.output / f"{stem}_cost.svg")
     print(report.train_table(result))
