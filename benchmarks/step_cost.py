@@ -31,13 +31,13 @@ WARM_UP = 3  # rounds that are not counted
 RECIPES = {name: {"model": "resnet18", "batch_size": 64} for name in data.DATASETS} | {"resnet18": {"width": 32}}
 
 
-def parts_of_step(floor: Trainer, inputs: Tensor, targets: Tensor, drawn: list[nn.Parameter]) -> Iterator[str]:
+def parts_of_step(floor: Trainer, inputs: Tensor, targets: Tensor, weights: list[nn.Parameter]) -> Iterator[str]:
     """One ESAM step, yielding the name of each part when it has been given to the device."""
     model, settings = floor.model, floor.settings
-    before, grads = ascend(model, inputs, targets, drawn)
+    before, grads = ascend(model, inputs, targets, weights)
     yield "pass 1, forward and drawn gradients"
-    backups = [torch.empty_like(param) for param in drawn]
-    perturb(drawn, grads, backups, settings)
+    backups = [torch.empty_like(param) for param in weights]
+    perturb(weights, grads, backups, settings)
     yield "perturb"
     after = look(model, inputs, targets)
     yield "pass 2, forward"
@@ -45,25 +45,30 @@ def parts_of_step(floor: Trainer, inputs: Tensor, targets: Tensor, drawn: list[n
     yield "select"
     floor.backward(inputs.index_select(0, index), targets.index_select(0, index))
     yield "pass 3, forward and backward of the selected"
-    ops.restore_(drawn, backups)
+    ops.restore_(weights, backups)
     yield "restore"
     floor.optimizer.step()
     yield "base step"
 
 
+def drawn(weights: list[nn.Parameter], settings: Settings, step: int) -> list[nn.Parameter]:
+    """The weights that ESAM draws in a step."""
+    return [weights[i] for i in draw_tensors(range(len(weights)), settings.beta, settings.seed, step)]
+
+
 def ascend(
-    model: nn.Module, inputs: Tensor, targets: Tensor, drawn: list[nn.Parameter], dtype: torch.dtype | None = None
+    model: nn.Module, inputs: Tensor, targets: Tensor, weights: list[nn.Parameter], dtype: torch.dtype | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Losses, and the gradients of the drawn weights."""
     with autocast(inputs.device, dtype):
         losses = per_sample_loss(model(inputs), targets)
-    return losses.detach(), torch.autograd.grad(losses.mean(), drawn)
+    return losses.detach(), torch.autograd.grad(losses.mean(), weights)
 
 
-def perturb(drawn: list[nn.Parameter], grads: Sequence[Tensor], backups: list[Tensor], settings: Settings) -> None:
+def perturb(weights: list[nn.Parameter], grads: Sequence[Tensor], backups: list[Tensor], settings: Settings) -> None:
     """Move the drawn weights uphill."""
-    coefficients = [settings.rho / settings.beta] * len(drawn)
-    ops.perturb_(drawn, grads, backups, coefficients, ops.squared_norm(drawn, grads).sqrt())
+    coefficients = [settings.rho / settings.beta] * len(weights)
+    ops.perturb_(weights, grads, backups, coefficients, ops.squared_norm(weights, grads).sqrt())
 
 
 @torch.no_grad()
@@ -83,15 +88,15 @@ def selected(settings: Settings, size: int) -> int:
     return max(1, int(settings.gamma * size))
 
 
-def agreement(floor: Trainer, inputs: Tensor, targets: Tensor, drawn: list[nn.Parameter]) -> tuple[float, float]:
+def agreement(floor: Trainer, inputs: Tensor, targets: Tensor, weights: list[nn.Parameter]) -> tuple[float, float]:
     """How well bf16 steers: cosine of its ascent gradient with float32's, and share of samples selected alike."""
     directions, chosen = [], []
     for dtype in (None, torch.bfloat16):
-        before, grads = ascend(floor.model, inputs, targets, drawn, dtype)
-        backups = [torch.empty_like(param) for param in drawn]
-        perturb(drawn, grads, backups, floor.settings)
+        before, grads = ascend(floor.model, inputs, targets, weights, dtype)
+        backups = [torch.empty_like(param) for param in weights]
+        perturb(weights, grads, backups, floor.settings)
         after = look(floor.model, inputs, targets, dtype)
-        ops.restore_(drawn, backups)
+        ops.restore_(weights, backups)
         directions.append(torch.cat([grad.flatten().double() for grad in grads]))
         chosen.append(ops.select_top(before, after, selected(floor.settings, len(targets))))
     exact, steered = directions
@@ -132,7 +137,7 @@ def measure(args: argparse.Namespace, images: data.ImageData) -> dict[str, Any]:
     def time_parts() -> None:
         stopwatch.mark()
         names = []
-        for name in parts_of_step(floor, inputs, targets, drawn):
+        for name in parts_of_step(floor, inputs, targets, perturbed):
             stopwatch.mark()
             names.append(name)
         for name, seconds in zip(names, stopwatch.laps()):
@@ -143,11 +148,11 @@ def measure(args: argparse.Namespace, images: data.ImageData) -> dict[str, Any]:
     epochs = (images.train_batches(args.batch_size, generator) for _ in count())
     rounds = trange(WARM_UP + args.rounds, unit="round")
     for number, (inputs, targets) in zip(rounds, chain.from_iterable(epochs)):
-        drawn = [weights[i] for i in draw_tensors(range(len(weights)), settings.beta, settings.seed, step=number)]
+        perturbed = drawn(weights, settings, number)
         turn = number % len(work)
         for time in work[turn:] + work[:turn]:
             time()
-        agreements.append(agreement(floor, inputs, targets, drawn))
+        agreements.append(agreement(floor, inputs, targets, perturbed))
     counted = slice(WARM_UP, None)
     return {
         "methods": {name: seconds[counted] for name, seconds in methods.items()},
