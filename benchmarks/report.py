@@ -43,11 +43,11 @@ def train_table(result: dict[str, Any]) -> str:
     epochs = f"{method['epochs']} epochs"
     if method["epochs"] < settings["epochs"]:
         epochs = f"stopped by the time budget after {method['epochs']} of {settings['epochs']} epochs"
+    seeds = "1 seed" if method["seeds"] == 1 else f"{method['seeds']} seeds (mean ± standard deviation)"
     amp = f", {settings['amp']} autocast" if settings["amp"] else ""
     caption = (
         f"{result['data']}, {settings['model']}, batch {settings['batch_size']}{amp}, {epochs}, "
-        f"{method['seeds']} seed{'s'[: method['seeds'] > 1]} (mean ± standard deviation), rho {settings['rho']}, "
-        f"beta {settings['beta']}, gamma {settings['gamma']}. {machine(result)}"
+        f"{seeds}, rho {settings['rho']}, beta {settings['beta']}, gamma {settings['gamma']}. {machine(result)}"
     )
     return f"{table(columns, rows)}\n\n{caption}"
 

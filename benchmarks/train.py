@@ -131,7 +131,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--optimizers", nargs="+", choices=METHODS, help="default: all that make sense")
     add("--epochs", type=int, help="the learning rate anneals over them; default: 40 for digits, 200 for cifar10")
     add(
-        "--time-budget", type=float, metavar="SECONDS", help="of the whole job; it stops after the last epoch that fits"
+        "--time-budget",
+        type=float,
+        metavar="SECONDS",
+        help="of the whole job; it stops after the last epoch that fits, at the earliest after one",
     )
     add("--seeds", type=int, default=3, help="how many; default: %(default)s")
     add("--amp", choices=AMP, help="train under autocast; fp16 with a GradScaler")
