@@ -1,8 +1,10 @@
 """Networks and batches that are tiny, so that hundreds of steps take no time."""
 
 import copy
+import random
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -68,3 +70,9 @@ def perturbed(model: nn.Module, loss: Callable[[nn.Module], Tensor], rho: float)
             if g is not None:
                 param += rho * g / norm.to(param.dtype)
     return moved
+
+
+def random_state() -> tuple:
+    """Of every generator that a forward may draw from, as something that can be compared."""
+    _, words, place, *_ = np.random.get_state()  # noqa: NPY002, the one that code without a Generator shares
+    return torch.get_rng_state().tolist(), random.getstate(), words.tolist(), place

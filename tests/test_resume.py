@@ -121,8 +121,7 @@ def test_an_esam_checkpoint_loads_into_the_plain_optimizer(base):
     model, esam = build(base)
     train(model, esam, DATA[:5])
     twin = copy.deepcopy(model)
-    kind, options = BASES[base]
-    plain = kind(twin.parameters(), lr=7.0)
+    plain = BASES[base][0](twin.parameters(), lr=7.0)
     plain.load_state_dict(through_torch_save(esam.state_dict()))
     for group in esam.param_groups:
         group["rho"] = 0.0
