@@ -358,6 +358,7 @@ class ESAM(torch.optim.Optimizer):
         self._phase = ""
         self._set_step(step)
         self.zero_grad()
+        forget_low_precision_weights()  # they may be the perturbed ones'
 
     def _settings(self) -> Settings:
         """The settings as they stand in the groups now, checked."""
