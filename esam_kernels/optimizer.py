@@ -27,6 +27,15 @@ PER_GROUP = ("rho", "adaptive")  # the settings that may differ between paramete
 STEP = "esam_step"  # in the groups beside the settings: the number of steps taken, from which masks are drawn
 
 
+def _of_base(name: str) -> property:
+    """An attribute that is the base optimizer's, also when it is set and deleted."""
+    return property(
+        lambda self: getattr(self.base, name),
+        lambda self, value: setattr(self.base, name, value),
+        lambda self: delattr(self.base, name),
+    )
+
+
 class ESAM(torch.optim.Optimizer):
     """Efficient sharpness-aware minimization around any PyTorch optimizer.
 
@@ -162,6 +171,10 @@ class ESAM(torch.optim.Optimizer):
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base.defaults = defaults
+
+    # What GradScaler.step tells a fused optimizer, which unscales its gradients itself.
+    grad_scale = _of_base("grad_scale")
+    found_inf = _of_base("found_inf")
 
     def __getattr__(self, name: str) -> Any:
         if name == "base" or name.startswith("__"):  # not there yet, while a copy is being made
