@@ -68,7 +68,7 @@ def perturbed(model: nn.Module, loss: Callable[[nn.Module], Tensor], rho: float)
     with torch.no_grad():
         for param, g in zip(params, ascent):
             if g is not None:
-                param += rho * g / norm.to(param.dtype)
+                param += rho * g / (norm.to(param.dtype) + 1e-12)
     return moved
 
 
