@@ -77,9 +77,9 @@ def perturb_(
     Source: ESAM (arXiv 2110.03141) algorithm 1; adaptive (a = 1): ASAM (arXiv 2102.11600) section 3.
 
     If ``norm`` is not finite, the weights are saved and left as they are; this is decided on the device. The error is
-    at most 1 ulp of max(|w|, |e|, |w + e|) given the scale coefficient / (norm + 1e-12) in the compute type (3 ulp if
-    ``adaptive``). bf16 and fp16 sums are computed in float32, then rounded stochastically with the mask's bits (to
-    nearest if it is None), so that the expected perturbation is e although most of it is below their precision.
+    at most 1 ulp of max(|w|, |e|, |w + e|) (3 ulp if ``adaptive``) given g and the scale coefficient / (norm + 1e-12)
+    in the compute type. bf16 and fp16 sums are computed in float32, then rounded stochastically with the mask's bits
+    (to nearest if it is None), so that the expected perturbation is e although most of it is below their precision.
 
     A weight is changed only after its backup is complete, and then the backup's version counter has moved: after an
     exception, ``restore_`` from the backups whose version moved gives back the weights from before the call.

@@ -398,10 +398,15 @@ def select_top(before: Tensor, after: Tensor, k: int) -> Tensor:
             k,
             KEY=tl.uint64 if double else tl.uint32,
             BLOCK=block,
-            num_warps=min(16, max(1, block // 256)),
+            num_warps=_select_warps(block),
             enable_fp_fusion=False,
         )
     return out
+
+
+def _select_warps(block: int) -> int:
+    """Warps that select among so many samples: 8 samples a thread, more only where a program can have no more warps."""
+    return min(16, max(1, block // 256))
 
 
 def _as_params_lie(params: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
