@@ -9,9 +9,11 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -54,7 +56,7 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         """Build, and write down beside the library for which devices it has no operators, and why."""
-        self.missing = {}
+        self.missing: dict[str, str] = {}
         super().run()
         for device, why in self.missing.items():
             print(f"esam_kernels: no native operators for {device}: {why}", file=sys.stderr)
@@ -108,7 +110,8 @@ class BuildNative(build_ext):
             raise RuntimeError("ninja was not found") from error
         print(done.stdout)
         if done.returncode != 0:
-            raise RuntimeError("the compiler failed: " + " ".join(done.stdout.splitlines()[-8:]))
+            first = re.search(r".*(?:error:|not found).*", done.stdout)
+            raise RuntimeError(f"the build failed: {first.group().strip() if first else done.stdout[-200:]}")
 
 
 def cuda_obstacle(cuda_home: str | None) -> str | None:
@@ -122,7 +125,7 @@ def cuda_obstacle(cuda_home: str | None) -> str | None:
     return None
 
 
-def ninja_file(library: Path, cpp_extension: object, cuda: bool) -> str:
+def ninja_file(library: Path, cpp_extension: ModuleType, cuda: bool) -> str:
     """What to compile, with which flags, and how to link it."""
     device = "cuda" if cuda else "cpu"
     include = " ".join(f"-isystem {path}" for path in cpp_extension.include_paths(device))

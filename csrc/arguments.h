@@ -28,6 +28,7 @@ inline bool is_supported(ScalarType dtype) {
 
 // Whether the elements fill one stretch of memory without gaps or overlaps, in whatever order of dimensions.
 inline bool is_dense(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
   std::vector<std::pair<int64_t, int64_t>> dims;
@@ -44,11 +45,12 @@ inline bool is_dense(const Tensor& tensor) {
   return true;
 }
 
+// Whether two tensors count their elements alike in memory; strides of dimensions of size 1 are moot.
 inline bool have_same_layout(const Tensor& a, const Tensor& b) {
-  const auto sizes = a.sizes();
-  if (b.sizes() != sizes) return false;
+  const auto sizes = a.sizes(), strides = a.strides(), other_strides = b.strides();
+  if (sizes != b.sizes()) return false;
   for (size_t d = 0; d < sizes.size(); ++d) {
-    if (sizes[d] > 1 && a.stride(d) != b.stride(d)) return false;
+    if (sizes[d] > 1 && strides[d] != other_strides[d]) return false;
   }
   return true;
 }

@@ -58,7 +58,7 @@ def unsupported(tensor: Tensor) -> str | None:
         return f"{tensor.dtype} is not float32, float64, bfloat16 or float16"
     if tensor.layout != torch.strided:
         return f"its layout is {tensor.layout}"
-    if not is_dense(tensor):
+    if not (tensor.is_contiguous() or is_dense(tensor)):
         return "its elements lie in memory with gaps or overlaps"
     return None
 
@@ -83,20 +83,21 @@ def perturb_(
     grads = _like_params(params, grads)
     backups = [_backup_like(param, backup) for param, backup in zip(params, backups)]
     norm = norm.to(params[0].device, norm.dtype if norm.dtype == torch.float64 else torch.float32)
-    bits = _bits(mask)
+    arguments = (params, grads, backups, coefficients, norm, adaptive, *_bits(mask))
     changed = [*params, *backups]
     # One line, and no Python between the two calls: a backup's version tells whether the operator has run.
-    _ = _ops.perturb_(params, grads, backups, coefficients, norm, adaptive, *bits), _increment_version(changed)
+    _ops.perturb_(*arguments); _increment_version(changed)  # fmt: skip # noqa: E702
 
 
 def restore_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
     """w <- backup, bit for bit."""
-    _ = _ops.restore_(params, _like_params(params, backups)), _increment_version(params)
+    _ops.restore_(params, _like_params(params, backups))
+    _increment_version(params)
 
 
 def select_top(before: Tensor, after: Tensor, k: int) -> Tensor:
     """Ascending indices of the k largest after - before; ties go to the lower index, NaN counts as largest."""
-    dtype = torch.promote_types(compute_dtype(before), compute_dtype(after))
+    dtype = torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
     return _ops.select_top(before.to(dtype).contiguous(), after.to(dtype).contiguous(), k)
 
 
