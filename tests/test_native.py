@@ -127,12 +127,12 @@ def test_version_tells_whether_a_backup_is_whole():
                 raise InterruptedError
             return tracer
 
-        sys.settrace(tracer)
-        try:
-            with suppress(InterruptedError):
+        with suppress(InterruptedError):
+            sys.settrace(tracer)
+            try:
                 native.perturb_(params, grads, backups, coefficients, torch.tensor(1.0))
-        finally:
-            sys.settrace(None)
+            finally:
+                sys.settrace(None)
         for param, backup, original in zip(params, backups, before, strict=True):
             assert torch.equal(backup if backup._version else param, original)
         if lines < stop:
