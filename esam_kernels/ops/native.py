@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._C import _increment_version
 
-from .reference import ElementMask, compute_dtype, is_dense
+from .reference import ElementMask, compute_dtype, is_dense, same_order
 
 _LIBRARY = Path(__file__).with_name("libesam_kernels.so")
 _BUILD_REPORT = Path(__file__).with_name("native_build.json")
@@ -80,10 +80,8 @@ def perturb_(
     mask: ElementMask | None = None,
 ) -> None:
     """backup <- w, then w <- w + e with e = coefficient / (norm + eps) * m * w^2a * g; e = 0 if norm is not finite."""
-    grads = _like_params(params, grads)
-    backups = [_backup_like(param, backup) for param, backup in zip(params, backups)]
     norm = norm.to(params[0].device, norm.dtype if norm.dtype == torch.float64 else torch.float32)
-    arguments = (params, grads, backups, coefficients, norm, adaptive, *_bits(mask))
+    arguments = (params, _like_params(params, grads), backups, coefficients, norm, adaptive, *_bits(mask))
     changed = [*params, *backups]
     # One line, and no Python between the two calls: a backup's version tells whether the operator has run.
     _ops.perturb_(*arguments); _increment_version(changed)  # fmt: skip # noqa: E702
@@ -91,7 +89,7 @@ def perturb_(
 
 def restore_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
     """w <- backup, bit for bit."""
-    _ops.restore_(params, _like_params(params, backups))
+    _ops.restore_(params, backups)
     _increment_version(params)
 
 
@@ -102,29 +100,20 @@ def select_top(before: Tensor, after: Tensor, k: int) -> Tensor:
 
 
 def _like_params(params: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
-    """The other tensors, copied where their memory layout or dtype is not one that the kernels read."""
-    result = []
-    for param, other in zip(params, others):
-        dtype = other.dtype if other.dtype == param.dtype else compute_dtype(param)
-        if other.dtype != dtype or not _same_layout(param, other):
-            other = torch.empty_like(param, dtype=dtype).copy_(other)
-        result.append(other)
-    return result
+    """The other tensors, copied where their order in memory or their dtype is not one that the kernels read."""
+    return [
+        other
+        if other.dtype == param.dtype and other.stride() == param.stride()  # nearly always, and quick to see
+        else _like(param, other)
+        for param, other in zip(params, others)
+    ]
 
 
-def _backup_like(param: Tensor, backup: Tensor) -> Tensor:
-    """The backup; or, where its memory layout differs, a stand-in for the kernel once the backup itself is made."""
-    if _same_layout(param, backup):
-        return backup
-    backup.copy_(param)
-    return torch.empty_like(param)
-
-
-def _same_layout(param: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape count their elements alike in memory; strides of single elements are moot."""
-    return param.stride() == other.stride() or all(
-        size == 1 or a == b for size, a, b in zip(param.shape, param.stride(), other.stride())
-    )
+def _like(param: Tensor, other: Tensor) -> Tensor:
+    dtype = other.dtype if other.dtype == param.dtype else compute_dtype(param)
+    if other.dtype == dtype and same_order(param, other):
+        return other
+    return torch.empty_like(param, dtype=dtype).copy_(other)
 
 
 def _bits(mask: ElementMask | None) -> tuple[int, int, int, Sequence[int], Sequence[int]]:
