@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "operand.h"
 #include "philox.h"
 
 namespace esam {
@@ -21,9 +22,19 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using Ints = std::vector<int64_t>;
 
-inline bool is_supported(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
-         dtype == ScalarType::Half;
+inline DType to_dtype(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return DType::kFloat;
+    case ScalarType::Double:
+      return DType::kDouble;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kHalf;
+    default:
+      STD_TORCH_CHECK(false, "dtypes must be float32, float64, bfloat16 or float16");
+  }
 }
 
 // Whether the elements fill one stretch of memory without gaps or overlaps, in whatever order of dimensions.
@@ -55,14 +66,19 @@ inline bool have_same_layout(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-inline void check_params(const Tensors& params) {
+// The weights as the kernels take them.
+inline std::vector<Operand> operands(const Tensors& params) {
   STD_TORCH_CHECK(!params.empty(), "got no params: give at least one tensor");
-  for (const Tensor& param : params) {
-    STD_TORCH_CHECK(is_supported(param.scalar_type()),
-                    "a weight's dtype must be float32, float64, bfloat16 or float16");
-    STD_TORCH_CHECK(is_dense(param), "a weight's elements must lie in memory without gaps or overlaps");
-    STD_TORCH_CHECK(param.device() == params[0].device(), "the weights must be on one device");
+  std::vector<Operand> result(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    const Tensor& param = params[i];
+    STD_TORCH_CHECK(is_dense(param), "params[", i, "] must lie in memory without gaps or overlaps");
+    STD_TORCH_CHECK(param.device() == params[0].device(), "params must be on one device");
+    result[i].param = param.mutable_data_ptr();
+    result[i].size = param.numel();
+    result[i].dtype = to_dtype(param.scalar_type());
   }
+  return result;
 }
 
 inline void check_like_params(const Tensors& params, const Tensors& others, const char* name) {
@@ -73,22 +89,42 @@ inline void check_like_params(const Tensors& params, const Tensors& others, cons
   }
 }
 
-inline void check_grads(const Tensors& params, const Tensors& grads) {
+inline void add_grads(const Tensors& params, const Tensors& grads, std::vector<Operand>& result) {
   check_like_params(params, grads, "grads");
-  for (size_t i = 0; i < params.size(); ++i) {
-    const ScalarType dtype = params[i].scalar_type();
-    const bool fits =
-        grads[i].scalar_type() == dtype || (grads[i].scalar_type() == ScalarType::Float && dtype != ScalarType::Double);
-    STD_TORCH_CHECK(fits, "grads[", i, "] must have the dtype of params[", i, "], or float32 where that is narrower");
+  for (size_t i = 0; i < grads.size(); ++i) {
+    result[i].grad = grads[i].const_data_ptr();
+    result[i].grad_dtype = to_dtype(grads[i].scalar_type());
+    const bool wider = result[i].grad_dtype == DType::kFloat && result[i].dtype != DType::kDouble;
+    STD_TORCH_CHECK(result[i].grad_dtype == result[i].dtype || wider, "grads[", i, "] must have the dtype of params[",
+                    i, "], or float32 where that is narrower");
   }
 }
 
-inline void check_backups(const Tensors& params, const Tensors& backups) {
+inline void add_backups(const Tensors& params, const Tensors& backups, std::vector<Operand>& result) {
   check_like_params(params, backups, "backups");
-  for (size_t i = 0; i < params.size(); ++i) {
+  for (size_t i = 0; i < backups.size(); ++i) {
+    result[i].backup = backups[i].mutable_data_ptr();
     STD_TORCH_CHECK(backups[i].scalar_type() == params[i].scalar_type(), "backups[", i,
                     "] must have the dtype of params[", i, "]");
   }
+}
+
+inline void add_coefficients(const std::vector<double>& coefficients, std::vector<Operand>& result) {
+  STD_TORCH_CHECK(coefficients.size() == result.size(), "got ", result.size(), " params but ", coefficients.size(),
+                  " coefficients: give one for each tensor");
+  for (size_t i = 0; i < coefficients.size(); ++i) result[i].coefficient = coefficients[i];
+}
+
+inline Randomness add_randomness(int64_t seed, int64_t step, int64_t threshold, const Ints& tensor_ids,
+                                 const Ints& offsets, std::vector<Operand>& result) {
+  const bool present = !tensor_ids.empty();
+  STD_TORCH_CHECK(tensor_ids.size() == (present ? result.size() : 0), "give one id for each tensor, or none");
+  STD_TORCH_CHECK(offsets.size() == tensor_ids.size(), "give one offset for each id");
+  for (size_t i = 0; i < tensor_ids.size(); ++i) {
+    result[i].id = static_cast<uint32_t>(tensor_ids[i]);
+    result[i].offset = offsets[i];
+  }
+  return {static_cast<uint64_t>(seed), static_cast<uint32_t>(step), present, static_cast<uint64_t>(threshold)};
 }
 
 inline void check_losses(const Tensor& before, const Tensor& after, int64_t k) {
@@ -101,24 +137,11 @@ inline void check_losses(const Tensor& before, const Tensor& after, int64_t k) {
   STD_TORCH_CHECK(1 <= k && k <= before.numel(), "k = ", k, " samples of ", before.numel(), " cannot be selected");
 }
 
-inline Randomness randomness(const Tensors& params, int64_t seed, int64_t step, int64_t threshold,
-                             const Ints& tensor_ids, const Ints& offsets) {
-  const bool present = !tensor_ids.empty();
-  STD_TORCH_CHECK(tensor_ids.size() == (present ? params.size() : 0), "give one id for each tensor, or none");
-  STD_TORCH_CHECK(offsets.size() == tensor_ids.size(), "give one offset for each id");
-  return {static_cast<uint64_t>(seed), static_cast<uint32_t>(step), present, static_cast<uint64_t>(threshold)};
-}
-
 // float64 if a weight is float64, else float32.
 inline ScalarType norm_dtype(const Tensors& params) {
   const bool wide = std::any_of(params.begin(), params.end(),
                                 [](const Tensor& param) { return param.scalar_type() == ScalarType::Double; });
   return wide ? ScalarType::Double : ScalarType::Float;
-}
-
-inline void check_coefficients(const Tensors& params, const std::vector<double>& coefficients) {
-  STD_TORCH_CHECK(coefficients.size() == params.size(), "got ", params.size(), " params but ", coefficients.size(),
-                  " coefficients: give one for each tensor");
 }
 
 inline void check_norm(const Tensors& params, const Tensor& norm) {

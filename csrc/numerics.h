@@ -36,6 +36,37 @@ ESAM_HOST_DEVICE To bit_cast(From from) {
   return to;
 }
 
+ESAM_HOST_DEVICE float widen(BFloat16 x) {
+  return bit_cast<float>(uint32_t{x.bits} << 16);
+}
+
+ESAM_HOST_DEVICE float widen(Half x) {
+  const uint32_t magnitude = x.bits & 0x7FFFu;
+  const uint32_t sign = (x.bits & 0x8000u) << 16;
+  const uint32_t normal = (magnitude << 13) + (112u << 23);
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(0x3F000000u | magnitude) - 0.5f);
+  const uint32_t not_finite = (magnitude << 13) | 0x7F800000u;
+  return bit_cast<float>(sign | (magnitude < 0x0400u ? subnormal : magnitude < 0x7C00u ? normal : not_finite));
+}
+
+// To nearest, ties to even.
+ESAM_HOST_DEVICE void narrow(float x, BFloat16& result) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  result.bits = static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+}
+
+ESAM_HOST_DEVICE void narrow(float x, Half& result) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7FFFFFFFu;
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t normal = ((magnitude + 0x0FFFu + ((magnitude >> 13) & 1u)) >> 13) - (112u << 10);
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3F000000u;
+  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  const uint32_t not_nan = magnitude < 0x47800000u ? finite : 0x7C00u;
+  result.bits = static_cast<uint16_t>(sign | (magnitude > 0x7F800000u ? 0x7E00u : not_nan));
+}
+
 // What stochastic rounding needs to know of a type.
 template <typename T>
 struct Rounding;

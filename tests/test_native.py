@@ -169,9 +169,9 @@ def test_operators_refuse_what_they_cannot_read():
     norm = torch.tensor(1.0)
     with pytest.raises(RuntimeError, match="memory layout"):
         operators.squared_norm(params[1:2], [torch.ones(33, 40).t()], False, *no_bits)
-    with pytest.raises(RuntimeError, match="gaps or overlaps"):
+    with pytest.raises(RuntimeError, match="without gaps or overlaps"):
         operators.restore_([torch.ones(4)[::2]], [torch.ones(2)])
-    with pytest.raises(RuntimeError, match="dtype"):
+    with pytest.raises(RuntimeError, match="dtype of params"):
         operators.perturb_(params[:1], [grads[0].double()], backups[:1], coefficients[:1], norm, False, *no_bits)
     with pytest.raises(RuntimeError, match="coefficients"):
         operators.perturb_(params, grads, backups, coefficients[:1], norm, False, *no_bits)

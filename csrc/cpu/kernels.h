@@ -4,23 +4,10 @@
 
 #include <cstdint>
 
+#include "../operand.h"
 #include "../philox.h"
 
 namespace esam::cpu {
-
-enum class DType { kFloat, kDouble, kBFloat16, kHalf };
-
-// One tensor of an operator's lists; its elements count in memory order.
-struct Operand {
-  void* param;
-  const void* grad;
-  void* backup;
-  DType dtype;       // of param and backup
-  DType grad_dtype;  // the same, or kFloat where dtype is narrower
-  double coefficient;
-  uint32_t id;
-  int64_t offset;  // place of the first element in the whole of which this is a shard
-};
 
 struct Kernels {
   // Sum of (m * |w|^a * g)^2 over elements begin, ..., end - 1.

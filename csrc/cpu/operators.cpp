@@ -41,10 +41,10 @@ const Kernels& kernels() {
 // threads and what a chunk holds does not depend on their number.
 class Chunks {
  public:
-  explicit Chunks(const Tensors& tensors) {
+  explicit Chunks(const std::vector<Operand>& table) {
     starts_.push_back(0);
-    for (const Tensor& tensor : tensors) {
-      sizes_.push_back(tensor.numel());
+    for (const Operand& operand : table) {
+      sizes_.push_back(operand.size);
       // Tensors start at multiples of kAlignment, so that cuts fall between cache lines.
       starts_.push_back(starts_.back() + (sizes_.back() + kAlignment - 1) / kAlignment * kAlignment);
     }
@@ -74,43 +74,12 @@ class Chunks {
   std::vector<int64_t> starts_, sizes_;
 };
 
-DType to_dtype(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return DType::kDouble;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kHalf;
-    default:
-      return DType::kFloat;
-  }
-}
-
-// The lists as the kernels take them, before backups and coefficients.
-std::vector<Operand> operands(const Tensors& params, const Tensors& grads, const Ints& tensor_ids,
-                              const Ints& offsets) {
-  std::vector<Operand> result(params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    result[i].param = params[i].mutable_data_ptr();
-    result[i].grad = grads[i].const_data_ptr();
-    result[i].dtype = to_dtype(params[i].scalar_type());
-    result[i].grad_dtype = to_dtype(grads[i].scalar_type());
-    if (!tensor_ids.empty()) {
-      result[i].id = static_cast<uint32_t>(tensor_ids[i]);
-      result[i].offset = offsets[i];
-    }
-  }
-  return result;
-}
-
 Tensor squared_norm(const Tensors& params, const Tensors& grads, bool adaptive, int64_t seed, int64_t step,
                     int64_t threshold, const Ints& tensor_ids, const Ints& offsets) {
-  check_params(params);
-  check_grads(params, grads);
-  const Randomness random = randomness(params, seed, step, threshold, tensor_ids, offsets);
-  const std::vector<Operand> table = operands(params, grads, tensor_ids, offsets);
-  const Chunks chunks(params);
+  std::vector<Operand> table = operands(params);
+  add_grads(params, grads, table);
+  const Randomness random = add_randomness(seed, step, threshold, tensor_ids, offsets, table);
+  const Chunks chunks(table);
   std::vector<double> sums(chunks.count());
   chunks.for_each([&](int64_t chunk, size_t i, int64_t begin, int64_t end) {
     sums[chunk] += kernels().squared_norm(table[i], begin, end, adaptive, random);
@@ -129,37 +98,26 @@ Tensor squared_norm(const Tensors& params, const Tensors& grads, bool adaptive, 
 void perturb_(const Tensors& params, const Tensors& grads, const Tensors& backups,
               const std::vector<double>& coefficients, const Tensor& norm, bool adaptive, int64_t seed, int64_t step,
               int64_t threshold, const Ints& tensor_ids, const Ints& offsets) {
-  check_params(params);
-  check_grads(params, grads);
-  check_backups(params, backups);
-  check_coefficients(params, coefficients);
+  std::vector<Operand> table = operands(params);
+  add_grads(params, grads, table);
+  add_backups(params, backups, table);
+  add_coefficients(coefficients, table);
+  const Randomness random = add_randomness(seed, step, threshold, tensor_ids, offsets, table);
   check_norm(params, norm);
-  const Randomness random = randomness(params, seed, step, threshold, tensor_ids, offsets);
-  std::vector<Operand> table = operands(params, grads, tensor_ids, offsets);
-  for (size_t i = 0; i < params.size(); ++i) {
-    table[i].backup = backups[i].mutable_data_ptr();
-    table[i].coefficient = coefficients[i];
-  }
   const double total =
       norm.scalar_type() == ScalarType::Double ? *norm.const_data_ptr<double>() : *norm.const_data_ptr<float>();
-  Chunks(params).for_each([&](int64_t, size_t i, int64_t begin, int64_t end) {
+  Chunks(table).for_each([&](int64_t, size_t i, int64_t begin, int64_t end) {
     kernels().perturb(table[i], begin, end, total, adaptive, random);
   });
 }
 
 void restore_(const Tensors& params, const Tensors& backups) {
-  check_params(params);
-  check_backups(params, backups);
-  std::vector<std::pair<char*, const char*>> table;
-  std::vector<int64_t> sizes;
-  for (size_t i = 0; i < params.size(); ++i) {
-    table.emplace_back(static_cast<char*>(params[i].mutable_data_ptr()),
-                       static_cast<const char*>(backups[i].const_data_ptr()));
-    sizes.push_back(params[i].element_size());
-  }
-  Chunks(params).for_each([&](int64_t, size_t i, int64_t begin, int64_t end) {
-    const auto [param, backup] = table[i];
-    std::memcpy(param + begin * sizes[i], backup + begin * sizes[i], (end - begin) * sizes[i]);
+  std::vector<Operand> table = operands(params);
+  add_backups(params, backups, table);
+  Chunks(table).for_each([&](int64_t, size_t i, int64_t begin, int64_t end) {
+    const int64_t width = element_size(table[i].dtype);
+    std::memcpy(static_cast<char*>(table[i].param) + begin * width,
+                static_cast<const char*>(table[i].backup) + begin * width, (end - begin) * width);
   });
 }
 
