@@ -76,7 +76,7 @@ inline std::vector<Operand> operands(const Tensors& params) {
     STD_TORCH_CHECK(param.device() == params[0].device(), "params must be on one device");
     result[i].param = param.mutable_data_ptr();
     result[i].size = param.numel();
-    result[i].dtype = to_dtype(param.scalar_type());
+    result[i].dtype = result[i].grad_dtype = to_dtype(param.scalar_type());
   }
   return result;
 }

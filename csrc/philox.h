@@ -6,8 +6,10 @@
 // Always inlined, so that no instruction set's copy of a function is linked into the code of another.
 #ifdef __CUDACC__
 #define ESAM_HOST_DEVICE __host__ __device__ __forceinline__
+#define ESAM_UNROLL _Pragma("unroll")
 #else
 #define ESAM_HOST_DEVICE __attribute__((always_inline)) inline
+#define ESAM_UNROLL _Pragma("GCC unroll 10")
 #endif
 
 namespace esam {
@@ -34,7 +36,7 @@ ESAM_HOST_DEVICE void element_words(const Randomness& random, Stream stream, uin
   uint32_t c3 = random.step;
   uint32_t k0 = static_cast<uint32_t>(random.seed);
   uint32_t k1 = static_cast<uint32_t>(random.seed >> 32);
-#pragma GCC unroll 10
+  ESAM_UNROLL
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t{c0} * 0xD2511F53u;
     const uint64_t p1 = uint64_t{c2} * 0xCD9E8D57u;
