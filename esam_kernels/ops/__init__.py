@@ -24,8 +24,9 @@ from .reference import ElementMask, same_order
 __all__ = ["ElementMask", "explain", "perturb_", "restore_", "select_top", "squared_norm", "use_backend"]
 
 # In order of preference, by device; what none of them takes goes to the reference.
-_PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
-_MODULES = {"reference": "reference", "triton": "triton_kernels"}
+# On CUDA, Triton before native until the two have been measured against each other.
+_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native",), "cuda": ("triton", "native")}
+_MODULES = {"reference": "reference", "triton": "triton_kernels", "native": "native"}
 
 _forced: ContextVar[str | None] = ContextVar("esam_kernels_backend", default=None)
 
