@@ -186,7 +186,10 @@ def explain(tensors: Tensor | Iterable[Tensor]) -> str:
 
 
 def _choose(tensor: Tensor, candidates: Iterable[tuple[str, ModuleType]]) -> ModuleType:
-    return next((backend for _, backend in candidates if backend.unsupported(tensor) is None), reference)
+    for _, backend in candidates:  # a loop, since this runs for every tensor of every call
+        if backend.unsupported(tensor) is None:
+            return backend
+    return reference
 
 
 def _candidates(device_type: str) -> list[tuple[str, ModuleType]]:
