@@ -66,6 +66,7 @@ MODELS: dict[str, Shapes] = {
     "ResNet-50": _resnet((3, 4, 6, 3), bottleneck=True),
     "ViT-B/16": _transformer(12, 768, [(1, 1, 768), (1, 197, 768), (768, 3, 16, 16), (768,)], [(1000, 768), (1000,)]),
     "GPT-2 medium": _transformer(24, 1024, [(50257, 1024), (1024, 1024)], []),
+    "1,000 tensors": [(256,)] * 1000,  # for what the host pays
 }
 
 
@@ -185,33 +186,39 @@ def launches(call: Callable[[], Any]) -> int:
     return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)
 
 
-def copy_bandwidth(device: str) -> float:
-    """Bytes per second of a large copy, read and written: the speed that nothing on the device exceeds by much."""
+def a_large_copy(device: str) -> tuple[int, Callable[[], Any]]:
+    """Bytes read and written, and the call: its speed is the one that nothing on the device exceeds by much."""
     source = torch.ones(2**28 if device == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
-    times = [seconds(lambda: target.copy_(source), device)[0] for _ in range(20)]
-    return 2 * source.nbytes / statistics.median(times)
+    return 2 * source.nbytes, lambda: target.copy_(source)
 
 
-def measure(case: Case, device: str, repeats: int, bandwidth: float) -> dict[str, Any]:
-    """Medians of all rivals, which run in turns."""
-    moved, calls = case[0], {who: call for who, call in case[1].items() if call is not None}
+def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
+    """Medians of all rivals and of a large copy, which run in turns."""
+    moved, rivals = case
+    copied, copy = a_large_copy(device)
+    calls = {"copy": copy} | {who: call for who, call in rivals.items() if call is not None}
     for call in calls.values():
         call()  # compiles
     times: dict[str, list[tuple[float, float]]] = {who: [] for who in calls}
     for _ in range(repeats):
         for who, call in calls.items():
             times[who].append(seconds(call, device))
-    rows = {}
-    for who, call in calls.items():
-        on_device, host = (statistics.median(column) for column in zip(*times[who]))
-        rows[who] = {
-            "us": round(1e6 * on_device, 2),
-            "host_us": round(1e6 * host, 2),
-            "share_of_copy_bandwidth": round(moved / on_device / bandwidth, 3),
-            "launches": launches(call) if device == "cuda" else None,
-        }
-    return {"bytes": moved, "rivals": rows}
+    medians = {who: [statistics.median(column) for column in zip(*pairs)] for who, pairs in times.items()}
+    copy_speed = copied / medians.pop("copy")[0]
+    return {
+        "bytes": moved,
+        "copy_gb_per_second": round(copy_speed / 1e9, 1),
+        "rivals": {
+            who: {
+                "us": round(1e6 * on_device, 2),
+                "host_us": round(1e6 * host, 2),
+                "share_of_copy_bandwidth": round(moved / on_device / copy_speed, 3),
+                "launches": launches(calls[who]) if device == "cuda" else None,
+            }
+            for who, (on_device, host) in medians.items()
+        },
+    }
 
 
 def main() -> None:
@@ -223,17 +230,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / f"kernels-{device}.json")
     arguments = parser.parse_args()
 
-    bandwidth = copy_bandwidth(device)
     served = ops.explain(torch.zeros(1, device=device))
-    result: dict[str, Any] = {
-        "environment": environment(),
-        "backend": served,
-        "copy_bytes_per_second": round(bandwidth),
-    }
-    print(f"{served} on {device}; a copy moves {bandwidth / 1e9:.0f} GB/s")
-    result["operators"] = []
+    result: dict[str, Any] = {"environment": environment(), "backend": served, "operators": []}
+    print(f"{served} on {device}")
     for operator, subject, make in cases(device, arguments.models):
-        row = measure(make(), device, arguments.repeats, bandwidth)
+        row = measure(make(), device, arguments.repeats)
         result["operators"].append({"operator": operator, "on": subject, **row})
         for who, numbers in row["rivals"].items():
             print(

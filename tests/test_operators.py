@@ -21,6 +21,9 @@ LOW = [torch.bfloat16, torch.float16]
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
+# The interpreter computes with numpy, which warns of what these tests do on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
 drawn = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 few, many = settings(drawn, max_examples=60), settings(drawn, max_examples=100)
 
@@ -319,6 +322,11 @@ def test_select_top_takes_exactly_the_k_largest(device, pairs, data):
     assert result.tolist() == chosen_by_sorting(before, after, k)
 
 
+def test_select_top_holds_both_zeros_for_equal(device):
+    before, after = torch.zeros(3, device=device), torch.tensor([-0.0, 0.0, -0.0], device=device)
+    assert [ops.select_top(before, after, k).tolist() for k in (1, 2)] == [[0], [0, 1]]
+
+
 @pytest.mark.parametrize("b", [1, 31, 128, 1000, 4096, 5000, 16384, 16385])
 def test_select_top_at_every_size(device, b):
     generator = torch.Generator().manual_seed(b)
@@ -464,6 +472,7 @@ ONE = torch.tensor(1.0)
         (lambda: ops.perturb_([W], [W], [W], [1.0], ONE[None]), r"norm has shape \[1\]: give the 0-dimensional norm"),
         (lambda: ops.restore_([W], [V]), r"backups\[0\] has shape"),
         (lambda: ops.select_top(W, W, 1), r"losses have shapes \[2, 3\] and \[2, 3\]: give two of shape \[b\]"),
+        (lambda: ops.select_top(W[0], W[0].to("meta"), 1), "losses are on cpu and meta: give two on one device"),
         (lambda: ops.select_top(W[0], W[0], 0), "k = 0 samples of 3 cannot be selected: 1 <= k <= 3 is needed"),
         (lambda: ops.select_top(W[0], W[0], 4), "k = 4 samples of 3 cannot be selected: 1 <= k <= 3 is needed"),
     ],

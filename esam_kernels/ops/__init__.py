@@ -139,10 +139,12 @@ def select_top(before: Tensor, after: Tensor, k: int) -> Tensor:
         int64 tensor of shape [k] on the losses' device, without synchronizing with it.
 
     Raises:
-        ValueError: if the shapes differ or are not [b], or if k is not in 1..b.
+        ValueError: if the shapes differ or are not [b], if the devices differ, or if k is not in 1..b.
     """
     if before.dim() != 1 or before.shape != after.shape:
         raise ValueError(f"losses have shapes {list(before.shape)} and {list(after.shape)}: give two of shape [b]")
+    if before.device != after.device:
+        raise ValueError(f"losses are on {before.device} and {after.device}: give two on one device")
     if not 1 <= k <= len(before):
         raise ValueError(f"k = {k} samples of {len(before)} cannot be selected: 1 <= k <= {len(before)} is needed")
     return _choose(before, _candidates(before.device.type)).select_top(before, after, k)
@@ -185,7 +187,10 @@ def explain(tensors: Tensor | Iterable[Tensor]) -> str:
 
 
 def _choose(tensor: Tensor, candidates: Iterable[tuple[str, ModuleType]]) -> ModuleType:
-    return next((backend for _, backend in candidates if backend.unsupported(tensor) is None), reference)
+    for _, backend in candidates:  # a loop, since this runs for every tensor of every call
+        if backend.unsupported(tensor) is None:
+            return backend
+    return reference
 
 
 def _candidates(device_type: str) -> list[tuple[str, ModuleType]]:

@@ -285,14 +285,14 @@ def _select_top_kernel(before, after, out, b, k, KEY: tl.constexpr, BLOCK: tl.co
 
 # Triton reads TRITON_INTERPRET when a kernel is defined.
 _INTERPRETED = not isinstance(_select_top_kernel, triton.runtime.JITFunction)
-_DEVICE = "cpu" if _INTERPRETED else "cuda"
 
 
 def unsupported(tensor: Tensor) -> str | None:
     """Why these kernels do not take a tensor as weights or losses; None if they do."""
-    if tensor.device.type != _DEVICE:
-        mode = "is interpreting (TRITON_INTERPRET)" if _INTERPRETED else "compiles"
-        return f"it is on {tensor.device}, and Triton {mode}, which needs {_DEVICE} tensors"
+    if _INTERPRETED and not tensor.is_cpu:
+        return f"it is on {tensor.device}, and Triton's interpreter (TRITON_INTERPRET) reads only CPU memory"
+    if not _INTERPRETED and not tensor.is_cuda:
+        return f"it is on {tensor.device}, and Triton's kernels run on CUDA devices (or with TRITON_INTERPRET=1)"
     if tensor.dtype not in _DTYPES:
         return f"it is {tensor.dtype}, and the kernels know {', '.join(map(str, _DTYPES))}"
     if not (tensor.is_contiguous() or is_dense(tensor)):
