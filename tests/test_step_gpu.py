@@ -1,4 +1,4 @@
-"""A whole step on a GPU: no host-device sync, weights back bit for bit, and the gradient of the same step on the CPU."""
+"""A step on a GPU: no host-device sync, weights back bit for bit, and the gradient of the same step on the CPU."""
 
 import copy
 
