@@ -27,6 +27,15 @@ PER_GROUP = ("rho", "adaptive")  # the settings that may differ between paramete
 STEP = "esam_step"  # in the groups beside the settings: the number of steps taken, from which masks are drawn
 
 
+def _of_base(name: str) -> property:
+    """An attribute that is the base optimizer's, also when it is set and deleted."""
+    return property(
+        lambda self: getattr(self.base, name),
+        lambda self, value: setattr(self.base, name, value),
+        lambda self: delattr(self.base, name),
+    )
+
+
 class ESAM(torch.optim.Optimizer):
     """Efficient sharpness-aware minimization around any PyTorch optimizer.
 
@@ -117,24 +126,22 @@ class ESAM(torch.optim.Optimizer):
                 raise ValueError(f"{next(iter(base_options))} cannot be set: the base optimizer is made already")
             keys = {name: f"esam_{name}" if name in base.defaults else name for name in options}
         else:
+            params = params if isinstance(params, Tensor) else list(params)
+            _check_not_empty(params)
             base = base(params, **base_options)
             keys = {name: name for name in options}
-        for param in _params(base.param_groups):
-            if param.is_complex():
-                raise ValueError(
-                    f"a parameter of shape {list(param.shape)} is {param.dtype}: ESAM takes real parameters; "
-                    "torch.view_as_real gives such a one"
-                )
+        settings = {keys[name]: value for name, value in options.items()}
+        _check_not_empty(_params(base.param_groups))
+        _check_groups([{**settings, **group} for group in base.param_groups], keys)
         self.base = base
         self.model = model
         self._keys = keys
         self._phase = ""  # what is under way, for error messages
         self._perturbation: Perturbation | None = None  # between first_step() and second_step()
-        base.defaults.update({keys[name]: value for name, value in options.items()})
+        base.defaults.update(settings)
         for group in base.param_groups:
-            for name, value in options.items():
-                group.setdefault(keys[name], value)
-        self._targets()  # checks what the groups themselves say
+            for key, value in settings.items():
+                group.setdefault(key, value)
 
     # One truth: the base optimizer's.
 
@@ -164,6 +171,10 @@ class ESAM(torch.optim.Optimizer):
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base.defaults = defaults
+
+    # What GradScaler.step tells a fused optimizer, which unscales its gradients itself.
+    grad_scale = _of_base("grad_scale")
+    found_inf = _of_base("found_inf")
 
     def __getattr__(self, name: str) -> Any:
         if name == "base" or name.startswith("__"):  # not there yet, while a copy is being made
@@ -207,11 +218,17 @@ class ESAM(torch.optim.Optimizer):
         """Add a parameter group; it may have its own ``rho`` and ``adaptive``.
 
         Raises:
+            ValueError: if a setting is out of its range or may not differ between groups, or parameters are complex.
             RuntimeError: during ``backward``, and between ``first_step`` and ``second_step``.
         """
         self._require_idle("add_param_group()")
         shared = {key: self.param_groups[0][key] for name, key in self._keys.items() if name not in PER_GROUP}
         self.base.add_param_group({**shared, **param_group})
+        try:
+            _check_groups(self.param_groups, self._keys)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of all parameters, as the base optimizer does."""
@@ -354,19 +371,12 @@ class ESAM(torch.optim.Optimizer):
         self._phase = ""
         self._set_step(step)
         self.zero_grad()
+        forget_low_precision_weights()  # they may be the perturbed ones'
 
     def _settings(self) -> Settings:
         """The settings as they stand in the groups now, checked."""
-        shared = [{name: group[self._keys[name]] for name in SHARED} for group in self.param_groups]
-        for settings in shared[1:]:
-            for name, value in settings.items():
-                if value != shared[0][name]:
-                    raise ValueError(
-                        f"{name} is {shared[0][name]!r} in one parameter group and {value!r} in another: only rho and "
-                        "adaptive may differ between groups"
-                    )
-        _check_options(shared[0])
-        values = {name: value for name, value in shared[0].items() if name != STEP}
+        _check_groups(self.param_groups, self._keys)
+        values = {name: self.param_groups[0][self._keys[name]] for name in SHARED if name != STEP}
         return Settings(**{**values, "steering_dtype": values["steering_dtype"] and torch.bfloat16})
 
     def _targets(self) -> list[Target]:
@@ -374,7 +384,6 @@ class ESAM(torch.optim.Optimizer):
         targets, tensor_id = [], 0
         for group in self.param_groups:
             rho, adaptive = group[self._keys["rho"]], group[self._keys["adaptive"]]
-            _check_options({"rho": rho, "adaptive": adaptive})
             for param in group["params"]:
                 if rho > 0 and param.requires_grad:
                     targets.append(Target(param, tensor_id, rho, adaptive))
@@ -421,6 +430,32 @@ def _check_options(options: dict[str, Any]) -> None:
         fits, needed = _RANGES[name]
         if not fits(value):
             raise ValueError(f"{name} = {value!r}: {needed} is needed")
+
+
+def _check_groups(groups: list[dict[str, Any]], keys: dict[str, str]) -> None:
+    for group in groups:
+        _check_options({name: group[key] for name, key in keys.items()})
+        for name in SHARED:
+            first, value = groups[0][keys[name]], group[keys[name]]
+            if value != first:
+                raise ValueError(
+                    f"{name} is {first!r} in one parameter group and {value!r} in another: only rho and "
+                    "adaptive may differ between groups"
+                )
+        for param in group["params"]:
+            if param.is_complex():
+                raise ValueError(
+                    f"a parameter of shape {list(param.shape)} is {param.dtype}: ESAM takes real parameters; "
+                    "torch.view_as_real gives such a one"
+                )
+
+
+def _check_not_empty(params: Any) -> None:
+    if isinstance(params, list) and not params:
+        raise ValueError(
+            "got an empty parameter list: give the parameters that are to be trained, such as model.parameters(), "
+            "which can be gone through only once"
+        )
 
 
 def _check_base(base: object, options: dict[str, Any]) -> None:
