@@ -27,7 +27,7 @@ PER_GROUP = ("rho", "adaptive")  # the settings that may differ between paramete
 STEP = "esam_step"  # in the groups beside the settings: the number of steps taken, from which masks are drawn
 
 
-def _of_base(name: str) -> property:
+def _of_base(name: str) -> Any:
     """An attribute that is the base optimizer's, also when it is set and deleted."""
     return property(
         lambda self: getattr(self.base, name),
@@ -145,33 +145,9 @@ class ESAM(torch.optim.Optimizer):
 
     # One truth: the base optimizer's.
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's parameter groups, which hold ESAM's settings too."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base optimizer's state of each parameter; ESAM has none."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base optimizer's defaults, with ESAM's settings."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base.defaults = defaults
-
+    param_groups = _of_base("param_groups")
+    state = _of_base("state")
+    defaults = _of_base("defaults")
     # What GradScaler.step tells a fused optimizer, which unscales its gradients itself.
     grad_scale = _of_base("grad_scale")
     found_inf = _of_base("found_inf")
@@ -327,11 +303,11 @@ class ESAM(torch.optim.Optimizer):
             perturbation.apply(chosen, [check_gradient(target, target.param.grad) for target in chosen])
             forget_low_precision_weights()
             rollback.close()
+            if zero_grad:
+                self.zero_grad()
         except BaseException:
             rollback.roll_back()
             raise
-        if zero_grad:
-            self.zero_grad()
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Put the weights back and take the base optimizer's step with the gradients in ``.grad``.

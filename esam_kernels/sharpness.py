@@ -263,8 +263,9 @@ def descend(
         seen = sum(sample.total_weight for sample in samples)
         sample = evaluate(closure, rollback, index)
         total = seen + sample.total_weight
-        if samples:  # a running mean, since how much weight is still to come is not known
-            torch._foreach_mul_([p.grad for p in params if p.grad is not None], seen / divisor(total))
+        grads = [param.grad for param in params if param.grad is not None]
+        if grads:  # a running mean, since how much weight is still to come is not known
+            torch._foreach_mul_(grads, seen / divisor(total))
         rollback.interruptible(scale(sample.weighted_sum / divisor(total)).backward)
         samples.append(sample.detach())
 
