@@ -244,9 +244,9 @@ class ESAM(torch.optim.Optimizer):
             rollback.undo_by(lambda: self._reset(step))
             self._phase = "backward()"
             self.zero_grad()
-            models = [getattr(closure, "model", None) for closure in closures]
-            state = ModelState(
-                [model for model in (self.model, *models) if model is not None], {param.device for param in params}
+            models = [self.model, *(getattr(closure, "model", None) for closure in closures)]
+            state = ModelState(  # a closure written by hand may call anything its model
+                [model for model in models if isinstance(model, nn.Module)], {param.device for param in params}
             )
             if targets and step % settings.interval == 0:
                 loss = esam_backward(closures, params, targets, settings, step, state, grad_scaler, rollback)
