@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from esam_kernels import ESAM, batch_closure
 
-
 cross_entropy = nn.CrossEntropyLoss(reduction="none")
 
 BASES = {

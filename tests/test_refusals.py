@@ -109,7 +109,7 @@ def test_options_and_other_parameters_for_a_ready_base():
 def test_backward_where_gradients_are_disabled(disabled):
     model = mlp()
     optimizer = sgd(model)
-    with disabled(), pytest.raises(RuntimeError, match="no_grad.*outside"):
+    with disabled(), pytest.raises(RuntimeError, match=r"no_grad.*outside"):
         optimizer.backward(batch_closure(model, cross_entropy, INPUTS, TARGETS))
     works(model, optimizer)
 
