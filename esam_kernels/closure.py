@@ -116,10 +116,11 @@ def _map_rows(
         return function(value, path)
     if isinstance(value, Mapping):
         taken = {key: _map_rows(item, f"{path}.{key}", shared, function, seen) for key, item in value.items()}
-        if isinstance(value, dict) or not isinstance(value, MutableMapping):
+        if type(value) is dict or not isinstance(value, MutableMapping):
             return taken
         mapping = copy.copy(value)  # its own type, such as the Transformers library's BatchEncoding
-        mapping.update(taken)
+        for key, item in taken.items():
+            mapping[key] = item
         return mapping
     if isinstance(value, list | tuple):
         items = [_map_rows(item, f"{path}.{i}", shared, function, seen) for i, item in enumerate(value)]

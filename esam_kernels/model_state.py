@@ -41,14 +41,10 @@ class ModelState:
         Values, since batch norm's updates do not show in version counters. Buffers that a module replaces by other
         tensors become the old tensors again.
         """
-        kept = [
-            (module, name, buffer)
-            for module in self._modules
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        # Nothing can write into a buffer whose elements share memory (an expanded constant): it needs no copy.
-        written = [buffer for _, _, buffer in kept if not _overlaps(buffer)]
+        kept = [(module, name, buffer) for module in self._modules for name, buffer in module._buffers.items()]
+        # Nothing can write into a buffer whose elements share memory (an expanded constant): it needs no copy. One that
+        # is None may be made by the next forward.
+        written = [buffer for _, _, buffer in kept if buffer is not None and not _overlaps(buffer)]
         values = copy_all(written)
 
         @torch.no_grad()

@@ -27,6 +27,15 @@ PER_GROUP = ("rho", "adaptive")  # the settings that may differ between paramete
 STEP = "esam_step"  # in the groups beside the settings: the number of steps taken, from which masks are drawn
 
 
+def _of_base(name: str) -> Any:
+    """An attribute that is the base optimizer's, also when it is set and deleted."""
+    return property(
+        lambda self: getattr(self.base, name),
+        lambda self, value: setattr(self.base, name, value),
+        lambda self: delattr(self.base, name),
+    )
+
+
 class ESAM(torch.optim.Optimizer):
     """Efficient sharpness-aware minimization around any PyTorch optimizer.
 
@@ -68,7 +77,7 @@ class ESAM(torch.optim.Optimizer):
 
     Raises:
         ValueError: if a value is out of its range, a name of ``base_options`` is one of ESAM's, parameters are complex
-            or not the base optimizer's, or the base optimizer needs a closure for its own step.
+            or not the base optimizer's, or the base optimizer maximizes or needs a closure for its own step.
         TypeError: if ``base`` is no optimizer.
     """
 
@@ -117,53 +126,31 @@ class ESAM(torch.optim.Optimizer):
                 raise ValueError(f"{next(iter(base_options))} cannot be set: the base optimizer is made already")
             keys = {name: f"esam_{name}" if name in base.defaults else name for name in options}
         else:
+            params = params if isinstance(params, Tensor) else list(params)
+            _check_not_empty(params)
             base = base(params, **base_options)
             keys = {name: name for name in options}
-        for param in _params(base.param_groups):
-            if param.is_complex():
-                raise ValueError(
-                    f"a parameter of shape {list(param.shape)} is {param.dtype}: ESAM takes real parameters; "
-                    "torch.view_as_real gives such a one"
-                )
+        settings = {keys[name]: value for name, value in options.items()}
+        _check_not_empty(_params(base.param_groups))
+        _check_groups([{**settings, **group} for group in base.param_groups], keys)
         self.base = base
         self.model = model
         self._keys = keys
         self._phase = ""  # what is under way, for error messages
         self._perturbation: Perturbation | None = None  # between first_step() and second_step()
-        base.defaults.update({keys[name]: value for name, value in options.items()})
+        base.defaults.update(settings)
         for group in base.param_groups:
-            for name, value in options.items():
-                group.setdefault(keys[name], value)
-        self._targets()  # checks what the groups themselves say
+            for key, value in settings.items():
+                group.setdefault(key, value)
 
     # One truth: the base optimizer's.
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's parameter groups, which hold ESAM's settings too."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base optimizer's state of each parameter; ESAM has none."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The base optimizer's defaults, with ESAM's settings."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        self.base.defaults = defaults
+    param_groups = _of_base("param_groups")
+    state = _of_base("state")
+    defaults = _of_base("defaults")
+    # What GradScaler.step tells a fused optimizer, which unscales its gradients itself.
+    grad_scale = _of_base("grad_scale")
+    found_inf = _of_base("found_inf")
 
     def __getattr__(self, name: str) -> Any:
         if name == "base" or name.startswith("__"):  # not there yet, while a copy is being made
@@ -207,11 +194,17 @@ class ESAM(torch.optim.Optimizer):
         """Add a parameter group; it may have its own ``rho`` and ``adaptive``.
 
         Raises:
+            ValueError: if a setting is out of its range or may not differ between groups, or parameters are complex.
             RuntimeError: during ``backward``, and between ``first_step`` and ``second_step``.
         """
         self._require_idle("add_param_group()")
         shared = {key: self.param_groups[0][key] for name, key in self._keys.items() if name not in PER_GROUP}
         self.base.add_param_group({**shared, **param_group})
+        try:
+            _check_groups(self.param_groups, self._keys)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of all parameters, as the base optimizer does."""
@@ -240,9 +233,12 @@ class ESAM(torch.optim.Optimizer):
             TypeError: if a closure cannot be called with an index, or returns no tensor.
             ValueError: if a closure returns anything but one loss per sample, a setting is out of its range, or a
                 parameter to be perturbed has a sparse gradient.
-            RuntimeError: during another ``backward``, and between ``first_step`` and ``second_step``.
+            RuntimeError: during another ``backward``, between ``first_step`` and ``second_step``, and where gradients
+                are disabled.
         """
         self._require_idle("backward()")
+        if not torch.is_grad_enabled():
+            raise RuntimeError("backward() was called under torch.no_grad() or inference_mode(): call it outside")
         closures = _check_closures(closure)
         settings, step, targets, params = self._settings(), self._step, self._targets(), _params(self.param_groups)
         rollback = Rollback()
@@ -251,9 +247,9 @@ class ESAM(torch.optim.Optimizer):
             rollback.undo_by(lambda: self._reset(step))
             self._phase = "backward()"
             self.zero_grad()
-            models = [getattr(closure, "model", None) for closure in closures]
-            state = ModelState(
-                [model for model in (self.model, *models) if model is not None], {param.device for param in params}
+            models = [self.model, *(getattr(closure, "model", None) for closure in closures)]
+            state = ModelState(  # a closure written by hand may call anything its model
+                [model for model in models if isinstance(model, nn.Module)], {param.device for param in params}
             )
             if targets and step % settings.interval == 0:
                 loss = esam_backward(closures, params, targets, settings, step, state, grad_scaler, rollback)
@@ -354,19 +350,12 @@ class ESAM(torch.optim.Optimizer):
         self._phase = ""
         self._set_step(step)
         self.zero_grad()
+        forget_low_precision_weights()  # they may be the perturbed ones'
 
     def _settings(self) -> Settings:
         """The settings as they stand in the groups now, checked."""
-        shared = [{name: group[self._keys[name]] for name in SHARED} for group in self.param_groups]
-        for settings in shared[1:]:
-            for name, value in settings.items():
-                if value != shared[0][name]:
-                    raise ValueError(
-                        f"{name} is {shared[0][name]!r} in one parameter group and {value!r} in another: only rho and "
-                        "adaptive may differ between groups"
-                    )
-        _check_options(shared[0])
-        values = {name: value for name, value in shared[0].items() if name != STEP}
+        _check_groups(self.param_groups, self._keys)
+        values = {name: self.param_groups[0][self._keys[name]] for name in SHARED if name != STEP}
         return Settings(**{**values, "steering_dtype": values["steering_dtype"] and torch.bfloat16})
 
     def _targets(self) -> list[Target]:
@@ -374,7 +363,6 @@ class ESAM(torch.optim.Optimizer):
         targets, tensor_id = [], 0
         for group in self.param_groups:
             rho, adaptive = group[self._keys["rho"]], group[self._keys["adaptive"]]
-            _check_options({"rho": rho, "adaptive": adaptive})
             for param in group["params"]:
                 if rho > 0 and param.requires_grad:
                     targets.append(Target(param, tensor_id, rho, adaptive))
@@ -423,6 +411,34 @@ def _check_options(options: dict[str, Any]) -> None:
             raise ValueError(f"{name} = {value!r}: {needed} is needed")
 
 
+def _check_groups(groups: list[dict[str, Any]], keys: dict[str, str]) -> None:
+    for group in groups:
+        _check_options({name: group[key] for name, key in keys.items()})
+        for name in SHARED:
+            first, value = groups[0][keys[name]], group[keys[name]]
+            if value != first:
+                raise ValueError(
+                    f"{name} is {first!r} in one parameter group and {value!r} in another: only rho and "
+                    "adaptive may differ between groups"
+                )
+        if group.get("maximize"):
+            raise ValueError("maximize = True: ESAM minimizes the loss; negate it and leave maximize out")
+        for param in group["params"]:
+            if param.is_complex():
+                raise ValueError(
+                    f"a parameter of shape {list(param.shape)} is {param.dtype}: ESAM takes real parameters; "
+                    "torch.view_as_real gives such a one"
+                )
+
+
+def _check_not_empty(params: Any) -> None:
+    if isinstance(params, list) and not params:
+        raise ValueError(
+            "got an empty parameter list: give the parameters that are to be trained, such as model.parameters(), "
+            "which can be gone through only once"
+        )
+
+
 def _check_base(base: object, options: dict[str, Any]) -> None:
     kind = base if isinstance(base, type) else type(base)
     if not issubclass(kind, torch.optim.Optimizer):
@@ -439,10 +455,13 @@ def _check_base(base: object, options: dict[str, Any]) -> None:
 
 
 def _check_same_params(params: Iterable[Any] | None, base: torch.optim.Optimizer) -> None:
-    given = [] if params is None else list(params)
+    if params is None:
+        return
+    given = list(params)
     if given and isinstance(given[0], dict):
         given = _params(given)
-    if params is not None and {id(param) for param in given} != {id(param) for param in _params(base.param_groups)}:
+    given = [item[1] if isinstance(item, tuple) else item for item in given]  # named parameters
+    if {id(param) for param in given} != {id(param) for param in _params(base.param_groups)}:
         raise ValueError("params are not the base optimizer's: give params=None, or the same ones")
 
 

@@ -205,7 +205,7 @@ def ascend(
     for closure in closures:
         sample = evaluate(closure, rollback)
         samples.append(sample.detach())
-        loss = scale(sample.weighted_sum / samples[0].total_weight)
+        loss = scale(sample.weighted_sum / divisor(samples[0].total_weight))
         # Not backward(): that would fill .grad, fire the hooks on it, and compute the gradients of all weights.
         found = rollback.interruptible(torch.autograd.grad, loss, params, allow_unused=True)
         # Not in place: autograd may return one tensor for two parameters, or a view that repeats an element.
@@ -263,9 +263,10 @@ def descend(
         seen = sum(sample.total_weight for sample in samples)
         sample = evaluate(closure, rollback, index)
         total = seen + sample.total_weight
-        if samples:  # a running mean, since how much weight is still to come is not known
-            torch._foreach_mul_([p.grad for p in params if p.grad is not None], seen / total)
-        rollback.interruptible(scale(sample.weighted_sum / total).backward)
+        grads = [param.grad for param in params if param.grad is not None]
+        if grads:  # a running mean, since how much weight is still to come is not known
+            torch._foreach_mul_(grads, seen / divisor(total))
+        rollback.interruptible(scale(sample.weighted_sum / divisor(total)).backward)
         samples.append(sample.detach())
 
     for closure, index in work[:-1]:
@@ -277,7 +278,12 @@ def descend(
 def mean(samples: Sequence[Sample]) -> Tensor:
     """The weighted mean of the losses over all micro-batches, 0-dimensional."""
     total = sum(sample.total_weight for sample in samples)
-    return torch.stack([sample.weighted_sum for sample in samples]).sum() / total
+    return torch.stack([sample.weighted_sum for sample in samples]).sum() / divisor(total)
+
+
+def divisor(total: Tensor | int) -> Tensor | int:
+    """The total weight, or 1 if it is 0: what has no weight, such as rows of padding, gives 0 and not NaN."""
+    return total.masked_fill(total == 0, 1) if isinstance(total, Tensor) else total
 
 
 def loss_scale(grad_scaler: torch.amp.GradScaler | None, norm: Tensor | None = None) -> Scale:

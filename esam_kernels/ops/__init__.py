@@ -1,26 +1,32 @@
 """The operators that ESAM is made of, over lists of tensors: what each does, and which backend serves a call.
 
 `reference.py` defines each operator in plain torch; the other backends are checked against it. A backend is a module
-with these four functions over tensors that it takes, and `unsupported(tensor)`, which says why it does not take one.
+with these four functions over tensors that it takes, all on one device, and `unsupported(tensor)`, which says why it
+does not take one.
 """
 
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from operator import attrgetter
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .reference import ElementMask
+from . import reference
+from .reference import ElementMask, same_order
 
 __all__ = ["ElementMask", "explain", "perturb_", "restore_", "select_top", "squared_norm", "use_backend"]
 
 # In order of preference, by device; what none of them takes goes to the reference.
-_PREFERENCE: dict[str, tuple[str, ...]] = {}
-_MODULES = {"reference": "reference"}
+# On CUDA, Triton before native until the two have been measured against each other.
+_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native",), "cuda": ("triton", "native")}
+_MODULES = {"reference": "reference", "triton": "triton_kernels", "native": "native"}
 
 _forced: ContextVar[str | None] = ContextVar("esam_kernels_backend", default=None)
 
@@ -72,9 +78,9 @@ def perturb_(
     Source: ESAM (arXiv 2110.03141) algorithm 1; adaptive (a = 1): ASAM (arXiv 2102.11600) section 3.
 
     If ``norm`` is not finite, the weights are saved and left as they are; this is decided on the device. The error is
-    at most 1 ulp of max(|w|, |e|, |w + e|) given the scale coefficient / (norm + 1e-12) in the compute type (3 ulp if
-    ``adaptive``). bf16 and fp16 sums are computed in float32, then rounded stochastically with the mask's bits (to
-    nearest if it is None), so that the expected perturbation is e although most of it is below their precision.
+    at most 1 ulp of max(|w|, |e|, |w + e|) (3 ulp if ``adaptive``) given g and the scale coefficient / (norm + 1e-12)
+    in the compute type. bf16 and fp16 sums are computed in float32, then rounded stochastically with the mask's bits
+    (to nearest if it is None), so that the expected perturbation is e although most of it is below their precision.
 
     A weight is changed only after its backup is complete, and then the backup's version counter has moved: after an
     exception, ``restore_`` from the backups whose version moved gives back the weights from before the call.
@@ -96,7 +102,7 @@ def perturb_(
         raise ValueError(f"got {len(params)} params but {len(coefficients)} coefficients: give one for each tensor")
     if norm.dim() != 0:
         raise ValueError(f"norm has shape {list(norm.shape)}: give the 0-dimensional norm over all tensors")
-    for backend, ids in _partition(params):
+    for backend, ids in _partition(params, backups):
         lists = (_pick(tensors, ids) for tensors in (params, grads, backups))
         backend.perturb_(*lists, [coefficients[i] for i in ids], norm, adaptive, mask and mask.subset(ids))
 
@@ -113,7 +119,7 @@ def restore_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
         ValueError: if a list is empty, or lengths, shapes, dtypes or devices do not fit; nothing has changed then.
     """
     _check_lists(params, None, backups=backups)
-    for backend, ids in _partition(params):
+    for backend, ids in _partition(params, backups):
         backend.restore_(_pick(params, ids), _pick(backups, ids))
 
 
@@ -133,13 +139,15 @@ def select_top(before: Tensor, after: Tensor, k: int) -> Tensor:
         int64 tensor of shape [k] on the losses' device, without synchronizing with it.
 
     Raises:
-        ValueError: if the shapes differ or are not [b], or if k is not in 1..b.
+        ValueError: if the shapes differ or are not [b], if the devices differ, or if k is not in 1..b.
     """
     if before.dim() != 1 or before.shape != after.shape:
         raise ValueError(f"losses have shapes {list(before.shape)} and {list(after.shape)}: give two of shape [b]")
+    if before.device != after.device:
+        raise ValueError(f"losses are on {before.device} and {after.device}: give two on one device")
     if not 1 <= k <= len(before):
         raise ValueError(f"k = {k} samples of {len(before)} cannot be selected: 1 <= k <= {len(before)} is needed")
-    return _module(_choose(before)[0]).select_top(before, after, k)
+    return _choose(before, _candidates(before.device.type)).select_top(before, after, k)
 
 
 @contextmanager
@@ -160,39 +168,68 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def explain(tensor: Tensor) -> str:
-    """Which backend serves this tensor, and why the ones before it in the order of preference do not."""
-    name, passed_over = _choose(tensor)
-    return "; ".join([name, *(f"not {other}: {why}" for other, why in passed_over)])
+def explain(tensors: Tensor | Iterable[Tensor]) -> str:
+    """Which backend serves a tensor, and why the ones before it in the order of preference do not.
 
-
-def _choose(tensor: Tensor) -> tuple[str, list[tuple[str, str]]]:
-    """The backend for a tensor, and the ones passed over with their reasons."""
-    forced = _forced.get() or os.environ.get("ESAM_KERNELS_BACKEND")
-    if forced is not None and forced not in _MODULES:
-        raise ValueError(f"ESAM_KERNELS_BACKEND={forced}: choose one of {', '.join(_MODULES)}")
-    passed_over: list[tuple[str, str]] = []
-    for name in (forced,) if forced else _PREFERENCE.get(tensor.device.type, ()):
-        if name == "reference":
-            break
-        why = _module(name).unsupported(tensor)
+    For several tensors, one line for each distinct answer, with the number of tensors that it holds for.
+    """
+    if not isinstance(tensors, Tensor):
+        return "\n".join(f"{count} x {answer}" for answer, count in Counter(map(explain, tensors)).items())
+    passed_over = []
+    for name, backend in _candidates(tensors.device.type):
+        why = backend.unsupported(tensors)
         if why is None:
-            return name, passed_over
-        passed_over.append((name, why))
-    return "reference", passed_over
+            break
+        passed_over.append(f"; not {name}: {why}")
+    else:
+        name = "reference"
+    return name + "".join(passed_over)
 
 
+def _choose(tensor: Tensor, candidates: Iterable[tuple[str, ModuleType]]) -> ModuleType:
+    for _, backend in candidates:  # a loop, since this runs for every tensor of every call
+        if backend.unsupported(tensor) is None:
+            return backend
+    return reference
+
+
+def _candidates(device_type: str) -> list[tuple[str, ModuleType]]:
+    """The backends to try for a device before the reference, in order."""
+    names = _PREFERENCE.get(device_type, ())
+    if forced := _forced.get() or os.environ.get("ESAM_KERNELS_BACKEND"):
+        if forced not in _MODULES:
+            raise ValueError(f"ESAM_KERNELS_BACKEND={forced}: choose one of {', '.join(_MODULES)}")
+        names = (forced,)
+    return [(name, _module(name)) for name in names if name != "reference"]
+
+
+@cache
 def _module(name: str) -> ModuleType:
     """A backend's module, imported when it is first needed: importing Triton takes half a second."""
-    return importlib.import_module(f".{_MODULES[name]}", __name__)
+    try:
+        return importlib.import_module(f".{_MODULES[name]}", __name__)
+    except ImportError as error:
+        why = f"it cannot be imported ({error})"
+        nothing = ModuleType(name)
+        nothing.unsupported = lambda tensor: why  # type: ignore[attr-defined]
+        return nothing
 
 
-def _partition(params: Sequence[Tensor]) -> list[tuple[ModuleType, list[int]]]:
-    """For each backend that takes part, the indices of the tensors that it serves."""
-    indices: dict[str, list[int]] = {}
+def _partition(params: Sequence[Tensor], backups: Sequence[Tensor] | None = None) -> list[tuple[ModuleType, list[int]]]:
+    """The indices of the tensors that each backend serves on each device.
+
+    Only the reference serves a weight whose backup lies in memory in another order.
+    """
+    candidates: dict[torch.device, list[tuple[str, ModuleType]]] = {}
+    indices: dict[tuple[ModuleType, torch.device], list[int]] = {}
     for i, param in enumerate(params):
-        indices.setdefault(_choose(param)[0], []).append(i)
-    return [(_module(name), ids) for name, ids in indices.items()]
+        device = param.device
+        if device not in candidates:
+            candidates[device] = _candidates(device.type)
+        same = backups is None or same_order(param, backups[i])
+        backend = _choose(param, candidates[device]) if same else reference
+        indices.setdefault((backend, device), []).append(i)
+    return [(backend, ids) for (backend, _), ids in indices.items()]
 
 
 def _pick(tensors: Sequence[Tensor], ids: Sequence[int]) -> list[Tensor]:
@@ -205,17 +242,15 @@ def _check_lists(params: Sequence[Tensor], mask: ElementMask | None, **others: S
     for name, tensors in others.items():
         if len(tensors) != len(params):
             raise ValueError(f"got {len(params)} params but {len(tensors)} {name}: give one for each tensor")
-        for i, (param, tensor) in enumerate(zip(params, tensors)):
-            if param.shape != tensor.shape:
-                raise ValueError(f"{name}[{i}] has shape {list(tensor.shape)}, params[{i}] {list(param.shape)}")
-            if not tensor.dtype.is_floating_point or not param.dtype.is_floating_point:
-                raise ValueError(
-                    f"params[{i}] is {param.dtype}, {name}[{i}] {tensor.dtype}: floating dtypes are needed"
-                )
-            if param.device != tensor.device:
-                raise ValueError(f"{name}[{i}] is on {tensor.device}, params[{i}] on {param.device}")
-            if name == "backups" and param.dtype != tensor.dtype:
-                raise ValueError(f"backups[{i}] is {tensor.dtype}, params[{i}] {param.dtype}: a backup keeps every bit")
+        for attribute in ("shape", "device", "dtype") if name == "backups" else ("shape", "device"):
+            expected, got = (list(map(attrgetter(attribute), list_)) for list_ in (params, tensors))
+            if expected != got:
+                i = next(i for i in range(len(params)) if expected[i] != got[i])
+                raise ValueError(f"{name}[{i}] has {attribute} {got[i]}, params[{i}] {expected[i]}: give the same")
+    for name, tensors in {"params": params, **others}.items():
+        for dtype in {tensor.dtype for tensor in tensors}:
+            if not dtype.is_floating_point:
+                raise ValueError(f"{name} has a tensor of {dtype}: floating dtypes are needed")
     if mask is not None and len(mask.tensor_ids) != len(params):
         raise ValueError(f"got {len(params)} params but a mask for {len(mask.tensor_ids)}: give one id for each tensor")
     if mask is not None and mask.offsets is not None and len(mask.offsets) != len(params):

@@ -83,6 +83,13 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def same_order(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have each element at the same place, counted from their first."""
+    if a.stride() == b.stride():
+        return True
+    return all(size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride()))
+
+
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
     """Philox4x32-10 (Salmon et al., SC 2011): four words from a counter of four words and a key of two.
 
@@ -171,7 +178,8 @@ def perturb_(
         backup.copy_(param)
         dtype = compute_dtype(param)
         total = norm.to(param.device, dtype)
-        scale = coefficient / (total + EPS)  # 0-dimensional: it stays on the device
+        # 0-dimensional: it stays on the device. (A number divided by a tensor is rounded twice, its own tensor once.)
+        scale = torch.full_like(total, coefficient) / (total + EPS)
         e = param.to(dtype).square().mul_(grad).mul_(scale) if adaptive else grad.to(dtype) * scale
         if mask is not None and mask.beta < 1:
             e *= mask.keep(i, param)

@@ -1,0 +1,263 @@
+"""Each operator over the parameter lists of real models, beside what one would write without this library.
+
+``python -m benchmarks.kernels`` writes benchmarks/results/kernels-<device>.json;
+``pytest benchmarks/kernels.py --benchmark-enable`` times our side alone, to compare two commits.
+
+The rivals of an operator run in turns with it, so that all see the same machine; times are medians. On a GPU a time is
+the device's own, with the host ahead of it, and ``host_us`` is what the call costs the host.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.environment import environment
+from esam_kernels import ops
+from esam_kernels.ops import ElementMask, reference
+
+RESULTS = Path(__file__).parent / "results"
+COMPILED_TENSORS = 100  # torch.compile takes minutes for lists that are longer
+Shapes = list[tuple[int, ...]]
+
+
+# ---- The parameter lists
+
+
+def _resnet(blocks: Iterable[int], bottleneck: bool) -> Shapes:
+    """Convolutions, batch norms' weights and biases, and the classifier of a ResNet for ImageNet."""
+
+    def conv(width_in: int, width_out: int, kernel: int) -> Shapes:
+        return [(width_out, width_in, kernel, kernel), (width_out,), (width_out,)]
+
+    shapes, width_in = conv(3, 64, 7), 64
+    for stage, count in enumerate(blocks):
+        width = 64 << stage
+        width_out = 4 * width if bottleneck else width
+        for block in range(count):
+            if bottleneck:
+                shapes += conv(width_in, width, 1) + conv(width, width, 3) + conv(width, width_out, 1)
+            else:
+                shapes += conv(width_in, width, 3) + conv(width, width, 3)
+            if block == 0 and width_in != width_out:
+                shapes += conv(width_in, width_out, 1)
+            width_in = width_out
+    return [*shapes, (1000, width_in), (1000,)]
+
+
+def _transformer(depth: int, width: int, embeddings: Shapes, last: Shapes) -> Shapes:
+    """Embeddings, blocks of attention and a 4 times wider MLP with their norms, and what follows them."""
+    norm = [(width,), (width,)]
+    attention = [(3 * width, width), (3 * width,), (width, width), (width,)]
+    mlp = [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    return embeddings + (norm + attention + norm + mlp) * depth + norm + last
+
+
+MODELS: dict[str, Shapes] = {
+    "ResNet-18": _resnet((2, 2, 2, 2), bottleneck=False),
+    "ResNet-50": _resnet((3, 4, 6, 3), bottleneck=True),
+    "ViT-B/16": _transformer(12, 768, [(1, 1, 768), (1, 197, 768), (768, 3, 16, 16), (768,)], [(1000, 768), (1000,)]),
+    "GPT-2 medium": _transformer(24, 1024, [(50257, 1024), (1024, 1024)], []),
+    "1,000 tensors": [(256,)] * 1000,  # for what the host pays
+}
+
+
+# ---- The operators and their rivals: (bytes that must move, {who: call})
+
+Case = tuple[int, dict[str, Callable[[], Any] | None]]
+
+
+def _tensors(shapes: Shapes, device: str) -> tuple[list[Tensor], list[Tensor], list[Tensor], int]:
+    params = [torch.randn(shape, device=device) for shape in shapes]
+    return params, [torch.randn_like(p) for p in params], [p.clone() for p in params], sum(p.numel() for p in params)
+
+
+def squared_norm(shapes: Shapes, device: str) -> Case:
+    """Foreach: the norm of the tensors' norms, as in davda54/sam."""
+    _, grads, _, count = _tensors(shapes, device)
+    return 4 * count, {
+        "esam_kernels": lambda: ops.squared_norm(grads, grads),
+        "foreach": lambda: torch.stack(torch._foreach_norm(grads)).square().sum(),
+        "torch.compile": _compiled(lambda: reference.squared_norm(grads, grads), shapes),
+    }
+
+
+def perturb(shapes: Shapes, device: str) -> Case:
+    """Foreach: save, multiply, add."""
+    params, grads, backups, count = _tensors(shapes, device)
+    norm = torch.full((), 1e3, device=device)
+    arguments = params, grads, backups, [0.05] * len(params), norm
+
+    def foreach() -> None:
+        torch._foreach_copy_(backups, params)
+        torch._foreach_add_(params, torch._foreach_mul(grads, 0.05 / (norm + 1e-12)))
+
+    return 16 * count, {
+        "esam_kernels": lambda: ops.perturb_(*arguments),
+        "foreach": foreach,
+        "torch.compile": _compiled(lambda: reference.perturb_(*arguments), shapes),
+    }
+
+
+def perturb_masked(shapes: Shapes, device: str) -> Case:
+    """Foreach: a Bernoulli mask for each tensor, then as without one."""
+    params, grads, backups, count = _tensors(shapes, device)
+    norm = torch.full((), 1e3, device=device)
+    mask = ElementMask(seed=1, step=2, tensor_ids=list(range(len(params))), beta=0.6)
+    arguments = params, grads, backups, [0.05] * len(params), norm, False, mask
+
+    def foreach() -> None:
+        torch._foreach_copy_(backups, params)
+        e = torch._foreach_mul(grads, [torch.empty_like(g).bernoulli_(0.6) for g in grads])
+        torch._foreach_add_(params, torch._foreach_mul(e, 0.05 / (norm + 1e-12)))
+
+    return 16 * count, {"esam_kernels": lambda: ops.perturb_(*arguments), "foreach": foreach}
+
+
+def restore(shapes: Shapes, device: str) -> Case:
+    """Foreach: one copy."""
+    params, _, backups, count = _tensors(shapes, device)
+    return 8 * count, {
+        "esam_kernels": lambda: ops.restore_(params, backups),
+        "foreach": lambda: torch._foreach_copy_(params, backups),
+        "torch.compile": _compiled(lambda: reference.restore_(params, backups), shapes),
+    }
+
+
+def select_top(samples: int, device: str) -> Case:
+    """The rival sorts the indices that topk gives."""
+    before, after = torch.rand(2, samples, device=device)
+    k = samples // 2
+    return 8 * samples + 8 * k, {
+        "esam_kernels": lambda: ops.select_top(before, after, k),
+        "topk": lambda: torch.topk(after - before, k).indices.sort().values,
+        "torch.compile": torch.compile(lambda: reference.select_top(before, after, k)),
+    }
+
+
+def _compiled(call: Callable[[], Any], shapes: Shapes) -> Callable[[], Any] | None:
+    return torch.compile(torch.no_grad()(call)) if len(shapes) <= COMPILED_TENSORS else None
+
+
+def cases(device: str, models: Iterable[str]) -> Iterable[tuple[str, str, Callable[[], Case]]]:
+    """Operator, what it works on, and what makes its case."""
+    for model in models:
+        for operator in (squared_norm, perturb, perturb_masked, restore):
+            yield operator.__name__, model, partial(operator, MODELS[model], device)
+    for samples in (128, 4096, 16384):
+        yield "select_top", f"{samples} samples", partial(select_top, samples, device)
+
+
+# ---- Measurement
+
+
+def seconds(call: Callable[[], Any], device: str) -> tuple[float, float]:
+    """What one call takes the device and the host."""
+    if device == "cpu":
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start,) * 2
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10_000_000)  # some milliseconds, for the host to get ahead of the device
+    begin.record()
+    start = time.perf_counter()
+    call()
+    host = time.perf_counter() - start
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3, host
+
+
+def launches(call: Callable[[], Any]) -> int:
+    """How many kernels a call launches on a GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)
+
+
+def a_large_copy(device: str) -> tuple[int, Callable[[], Any]]:
+    """Bytes read and written, and the call: its speed is the one that nothing on the device exceeds by much."""
+    source = torch.ones(2**28 if device == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes, lambda: target.copy_(source)
+
+
+def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
+    """Medians of all rivals and of a large copy, which run in turns."""
+    moved, rivals = case
+    copied, copy = a_large_copy(device)
+    calls = {"copy": copy} | {who: call for who, call in rivals.items() if call is not None}
+    for call in calls.values():
+        call()  # compiles
+    times: dict[str, list[tuple[float, float]]] = {who: [] for who in calls}
+    for _ in range(repeats):
+        for who, call in calls.items():
+            times[who].append(seconds(call, device))
+    medians = {who: [statistics.median(column) for column in zip(*pairs)] for who, pairs in times.items()}
+    copy_speed = copied / medians.pop("copy")[0]
+    return {
+        "bytes": moved,
+        "copy_gb_per_second": round(copy_speed / 1e9, 1),
+        "rivals": {
+            who: {
+                "us": round(1e6 * on_device, 2),
+                "host_us": round(1e6 * host, 2),
+                "share_of_copy_bandwidth": round(moved / on_device / copy_speed, 3),
+                "launches": launches(calls[who]) if device == "cuda" else None,
+            }
+            for who, (on_device, host) in medians.items()
+        },
+    }
+
+
+def main() -> None:
+    """Measure everything on this machine and write it down."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS] if device == "cuda" else ["ResNet-18"])
+    parser.add_argument("--repeats", type=int, default=50 if device == "cuda" else 11)
+    parser.add_argument("--out", type=Path, default=RESULTS / f"kernels-{device}.json")
+    arguments = parser.parse_args()
+
+    served = ops.explain(torch.zeros(1, device=device))
+    result: dict[str, Any] = {"environment": environment(), "backend": served, "operators": []}
+    print(f"{served} on {device}")
+    for operator, subject, make in cases(device, arguments.models):
+        row = measure(make(), device, arguments.repeats)
+        result["operators"].append({"operator": operator, "on": subject, **row})
+        for who, numbers in row["rivals"].items():
+            print(
+                f"{operator:>15} {subject:>14} {who:>14} {numbers['us']:>10.1f} us"
+                f" {numbers['share_of_copy_bandwidth']:>7.1%} of a copy {numbers['launches'] or '':>6}",
+                flush=True,
+            )
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("operator", [squared_norm, perturb, perturb_masked, restore])
+def test_operator_over_resnet18(benchmark: Any, operator: Callable[[Shapes, str], Case], device: str) -> None:
+    """Our side alone, timed by pytest-benchmark."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    call = operator(MODELS["ResNet-18"], device)[1]["esam_kernels"]
+    assert call is not None
+    call()
+    benchmark.extra_info["commit"] = environment()["commit"]
+    benchmark.pedantic(lambda: seconds(call, device), rounds=20)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,416 @@
+// The operators on the GPU. A list of tensors is a table of rows in the kernel's argument; a block works on one chunk
+// of one row. Whatever is summed is summed in one order, with no float atomics.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "../numerics.h"
+#include "kernels.h"
+
+namespace esam::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWideThreads = 1024;      // of kernels that run as one block
+constexpr int64_t kChunk = 8192;        // elements of a block
+constexpr int64_t kMaxRow = 1LL << 30;  // elements; longer tensors take several rows
+constexpr int kArgumentBytes = 32764;   // what a kernel takes since CUDA 12.1
+constexpr int kOtherArguments = 64;     // of these, left for what stands beside the rows
+
+template <typename T>
+using Compute = typename ComputeType<T>::type;
+
+// Elements that a thread works on at a time: whole groups of four, for their words, and whole accesses of 16 bytes.
+template <typename P>
+constexpr int kPack = sizeof(P) == 2 ? 8 : 4;
+
+// C is the compute type.
+template <typename C>
+struct Row {
+  void* param;
+  const void* grad;
+  void* backup;
+  int64_t offset;
+  C coefficient;
+  uint32_t id;
+  uint32_t size;
+  uint32_t end_chunk;  // number of chunks up to and with this row
+};
+
+template <typename C>
+constexpr int kMaxRows = (kArgumentBytes - kOtherArguments) / sizeof(Row<C>);
+
+template <typename C>
+struct Table {
+  Row<C> rows[kMaxRows<C>];
+  int count;
+};
+
+// Aligned, so that N elements are loaded and stored in as few accesses as they fit in.
+template <typename T, int N>
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
+  T values[N];
+};
+
+template <typename C, typename T>
+__device__ C widened(T x) {
+  if constexpr (std::is_same_v<T, C>) {
+    return x;
+  } else {
+    return widen(x);
+  }
+}
+
+template <int N, typename T>
+__device__ Pack<T, N> load(const void* source, int64_t j) {
+  return *reinterpret_cast<const Pack<T, N>*>(static_cast<const T*>(source) + j);
+}
+
+template <int N, typename T>
+__device__ void store(void* target, int64_t j, const Pack<T, N>& pack) {
+  *reinterpret_cast<Pack<T, N>*>(static_cast<T*>(target) + j) = pack;
+}
+
+// The words of elements j, ..., j + N - 1; several only where the first opens a group of four.
+template <int N, typename C>
+__device__ void draw(const Randomness& random, Stream stream, const Row<C>& row, int64_t j, uint32_t (&words)[N]) {
+  const uint64_t first = static_cast<uint64_t>(row.offset + j);
+  uint32_t group[4];
+  if constexpr (N == 1) {
+    element_words(random, stream, row.id, first / 4, group);
+    const uint32_t k = first % 4;
+    words[0] = k == 0 ? group[0] : k == 1 ? group[1] : k == 2 ? group[2] : group[3];
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      element_words(random, stream, row.id, first / 4 + i / 4, group);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) words[i + k] = group[k];
+    }
+  }
+}
+
+// m * w^(power * a) * g for N elements of one row.
+template <int N, int power, typename P, typename G, typename C>
+__device__ void weighted_gradient(const Row<C>& row, int64_t j, const Pack<P, N>& w, bool adaptive,
+                                  const Randomness& random, C (&x)[N]) {
+  const Pack<G, N> g = load<N, G>(row.grad, j);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    x[i] = widened<C>(g.values[i]);
+    if (adaptive) {
+      const C weight = widened<C>(w.values[i]);
+      x[i] *= power == 2 ? weight * weight : weight;
+    }
+  }
+  if (random.masked()) {
+    uint32_t words[N];
+    draw(random, Stream::kElement, row, j, words);
+    // A product, as in the reference: a gradient that is not finite makes the norm so even where it is masked.
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] *= words[i] < static_cast<uint32_t>(random.threshold) ? 1 : 0;
+  }
+}
+
+// What this block works on.
+template <typename C>
+struct Chunk {
+  const Row<C>& row;
+  int64_t begin, end;
+};
+
+template <typename C>
+__device__ Chunk<C> find_chunk(const Table<C>& table) {
+  int low = 0, high = table.count - 1;  // the first row to end after this chunk
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (table.rows[middle].end_chunk > blockIdx.x) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  const Row<C>& row = table.rows[low];
+  const int64_t begin = (blockIdx.x - (low == 0 ? 0 : table.rows[low - 1].end_chunk)) * kChunk;
+  return {row, begin, min(begin + kChunk, static_cast<int64_t>(row.size))};
+}
+
+// Calls function(width, j) for all of a chunk's elements, each thread its own: kPack<P> at a time where addresses and
+// words allow it, one at a time in the rest. function takes the width as a std::integral_constant.
+template <typename P, typename C, typename F>
+__device__ void for_each_pack(const Chunk<C>& chunk, F function) {
+  const uint64_t addresses = reinterpret_cast<uint64_t>(chunk.row.param) | reinterpret_cast<uint64_t>(chunk.row.grad) |
+                             reinterpret_cast<uint64_t>(chunk.row.backup);
+  const bool packs = addresses % 16 == 0 && chunk.row.offset % 4 == 0;
+  const int64_t packed_end = packs ? chunk.begin + (chunk.end - chunk.begin) / kPack<P> * kPack<P> : chunk.begin;
+  // Not unrolled: many resident threads keep the memory busy, and an unrolled body spills registers.
+#pragma unroll 1
+  for (int64_t j = chunk.begin + threadIdx.x * kPack<P>; j < packed_end; j += kThreads * kPack<P>) {
+    function(std::integral_constant<int, kPack<P>>(), j);
+  }
+#pragma unroll 1
+  for (int64_t j = packed_end + threadIdx.x; j < chunk.end; j += kThreads) {
+    function(std::integral_constant<int, 1>(), j);
+  }
+}
+
+// The sum over a block of kBlockThreads threads, in one order; only thread 0 has it.
+template <int kBlockThreads, typename T>
+__device__ T block_sum(T x) {
+  __shared__ T warps[kBlockThreads / 32];
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_down_sync(0xFFFFFFFFu, x, distance);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+  __syncthreads();
+  T sum = 0;
+  if (threadIdx.x == 0) {
+    for (T warp : warps) sum += warp;
+  }
+  return sum;
+}
+
+template <typename P, typename G>
+__global__ void __launch_bounds__(kThreads)
+    squared_norm_kernel(const __grid_constant__ Table<Compute<P>> table, const __grid_constant__ Randomness random,
+                        bool adaptive, double* partial_sums) {
+  using C = Compute<P>;
+  const Chunk<C> chunk = find_chunk(table);
+  C sum = 0;
+  for_each_pack<P>(chunk, [&](auto width, int64_t j) {
+    constexpr int N = decltype(width)::value;
+    const Pack<P, N> w = adaptive ? load<N, P>(chunk.row.param, j) : Pack<P, N>{};
+    C x[N];
+    weighted_gradient<N, 1, P, G>(chunk.row, j, w, adaptive, random, x);
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum = fma(x[i], x[i], sum);
+  });
+  const C total = block_sum<kThreads>(sum);
+  if (threadIdx.x == 0) partial_sums[blockIdx.x] = total;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kWideThreads) add_up_kernel(const double* partial_sums, int64_t count, T* result) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kWideThreads) sum += partial_sums[i];
+  const double total = block_sum<kWideThreads>(sum);
+  if (threadIdx.x == 0) *result = static_cast<T>(total);
+}
+
+template <typename P, typename G>
+__global__ void __launch_bounds__(kThreads)
+    perturb_kernel(const __grid_constant__ Table<Compute<P>> table, const __grid_constant__ Randomness random,
+                   bool adaptive, const void* norm, bool norm_is_double) {
+  using C = Compute<P>;
+  const C total = norm_is_double ? static_cast<C>(*static_cast<const double*>(norm))
+                                 : static_cast<C>(*static_cast<const float*>(norm));
+  const Chunk<C> chunk = find_chunk(table);
+  const Row<C>& row = chunk.row;
+  const C scale = row.coefficient / (total + static_cast<C>(kEps));
+  const bool moves = isfinite(total);
+  for_each_pack<P>(chunk, [&](auto width, int64_t j) {
+    constexpr int N = decltype(width)::value;
+    Pack<P, N> w = load<N, P>(row.param, j);
+    store(row.backup, j, w);
+    if (!moves) return;
+    C x[N];
+    weighted_gradient<N, 2, P, G>(row, j, w, adaptive, random, x);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = fma(scale, x[i], widened<C>(w.values[i]));
+    if constexpr (std::is_same_v<P, C>) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) w.values[i] = x[i];
+    } else {
+      if (random.present) {
+        uint32_t words[N];
+        draw(random, Stream::kRounding, row, j, words);
+#pragma unroll
+        for (int i = 0; i < N; ++i) x[i] = round_stochastically<P>(x[i], words[i]);
+      }
+#pragma unroll
+      for (int i = 0; i < N; ++i) narrow(x[i], w.values[i]);
+    }
+    store(row.param, j, w);
+  });
+}
+
+template <typename P>
+__global__ void __launch_bounds__(kThreads) restore_kernel(const __grid_constant__ Table<Compute<P>> table) {
+  const Chunk<Compute<P>> chunk = find_chunk(table);
+  for_each_pack<P>(chunk, [&](auto width, int64_t j) {
+    store(chunk.row.param, j, load<decltype(width)::value, P>(chunk.row.backup, j));
+  });
+}
+
+// Sums over the threads up to and with this one, in a block of kWideThreads; total gets that over all.
+__device__ uint32_t inclusive_scan(uint32_t x, uint32_t& total) {
+  __shared__ uint32_t warps[kWideThreads / 32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const uint32_t other = __shfl_up_sync(0xFFFFFFFFu, x, distance);
+    if (lane >= distance) x += other;
+  }
+  if (lane == 31) warps[warp] = x;
+  __syncthreads();
+  uint32_t before = 0, sum = 0;
+  for (int i = 0; i < kWideThreads / 32; ++i) {
+    if (i == warp) before = sum;
+    sum += warps[i];
+  }
+  __syncthreads();
+  total = sum;
+  return before + x;
+}
+
+// One block. The k-th largest key is found digit by digit from the top, then the indices are written in order: those of
+// larger keys, and of equal ones the first.
+template <typename T>
+__global__ void __launch_bounds__(kWideThreads)
+    select_top_kernel(const T* before, const T* after, int64_t count, int64_t k, int64_t* indices) {
+  using Key = decltype(order_key(T{}));
+  constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;
+  __shared__ uint32_t histogram[kDigits];
+  __shared__ uint32_t bar_digit, larger_digits;
+  Key bar = 0;
+  int64_t rest = k;  // how many are still to be taken among the keys that begin as the bar does
+  for (int shift = 8 * sizeof(Key) - kDigitBits; shift >= 0; shift -= kDigitBits) {
+    if (threadIdx.x < kDigits) histogram[threadIdx.x] = 0;
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < count; i += kWideThreads) {
+      const Key difference = order_key(after[i] - before[i]) ^ bar;
+      // Twice, since a shift by all of a key's bits is undefined.
+      if (difference >> shift >> kDigitBits == 0) atomicAdd(&histogram[(difference >> shift) % kDigits], 1u);
+    }
+    __syncthreads();
+    // Thread t has the t-th largest digit.
+    const uint32_t digit = kDigits - 1 - threadIdx.x % kDigits;
+    const uint32_t here = threadIdx.x < kDigits ? histogram[digit] : 0;
+    uint32_t total;
+    const uint32_t upto = inclusive_scan(here, total);
+    if (upto >= rest && upto - here < rest) {
+      bar_digit = digit;
+      larger_digits = upto - here;
+    }
+    __syncthreads();
+    bar |= static_cast<Key>(bar_digit) << shift;
+    rest -= larger_digits;
+  }
+  int64_t larger_before = 0, equal_before = 0;
+  for (int64_t start = 0; start < count; start += kWideThreads) {
+    const int64_t i = start + threadIdx.x;
+    const Key key = i < count ? order_key(after[i] - before[i]) : 0;
+    const bool larger = i < count && key > bar, equal = i < count && key == bar;
+    uint32_t total;
+    const uint32_t both = inclusive_scan(static_cast<uint32_t>(larger) << 16 | static_cast<uint32_t>(equal), total);
+    const int64_t larger_upto = larger_before + (both >> 16), equal_upto = equal_before + (both & 0xFFFFu);
+    if (larger || (equal && equal_upto <= rest)) indices[larger_upto + min(equal_upto, rest) - 1] = i;
+    larger_before += total >> 16;
+    equal_before += total & 0xFFFFu;
+  }
+}
+
+void check_launch() {
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA launch: ") + cudaGetErrorString(error));
+}
+
+int64_t count_chunks(int64_t size) {
+  return (size + kChunk - 1) / kChunk;
+}
+
+// Calls launch(P{}, G{}, table, blocks) for as many tables as the operands of these types fill.
+template <typename P, typename G, typename F>
+void launch_type(const std::vector<Operand>& operands, DType dtype, DType grad_dtype, F launch) {
+  using C = Compute<P>;
+  Table<C> table;
+  table.count = 0;
+  uint32_t blocks = 0;
+  const auto flush = [&] {
+    if (table.count == 0) return;
+    launch(P{}, G{}, table, blocks);
+    check_launch();
+    table.count = 0;
+    blocks = 0;
+  };
+  for (const Operand& operand : operands) {
+    if (operand.dtype != dtype || operand.grad_dtype != grad_dtype) continue;
+    for (int64_t start = 0; start < operand.size; start += kMaxRow) {
+      const int64_t size = std::min(operand.size - start, kMaxRow);
+      if (table.count == kMaxRows<C> || blocks + count_chunks(size) > INT32_MAX) flush();
+      blocks += static_cast<uint32_t>(count_chunks(size));
+      Row<C>& row = table.rows[table.count++];
+      row.param = static_cast<P*>(operand.param) + start;
+      row.grad = operand.grad == nullptr ? nullptr : static_cast<const G*>(operand.grad) + start;
+      row.backup = operand.backup == nullptr ? nullptr : static_cast<P*>(operand.backup) + start;
+      row.offset = operand.offset + start;
+      row.coefficient = static_cast<C>(operand.coefficient);
+      row.id = operand.id;
+      row.size = static_cast<uint32_t>(size);
+      row.end_chunk = blocks;
+    }
+  }
+  flush();
+}
+
+template <typename F>
+void launch_all(const std::vector<Operand>& operands, F launch) {
+  launch_type<float, float>(operands, DType::kFloat, DType::kFloat, launch);
+  launch_type<double, double>(operands, DType::kDouble, DType::kDouble, launch);
+  launch_type<BFloat16, BFloat16>(operands, DType::kBFloat16, DType::kBFloat16, launch);
+  launch_type<BFloat16, float>(operands, DType::kBFloat16, DType::kFloat, launch);
+  launch_type<Half, Half>(operands, DType::kHalf, DType::kHalf, launch);
+  launch_type<Half, float>(operands, DType::kHalf, DType::kFloat, launch);
+}
+
+}  // namespace
+
+int64_t count_partial_sums(const std::vector<Operand>& operands) {
+  int64_t count = 0;
+  for (const Operand& operand : operands) count += count_chunks(operand.size);
+  return count;
+}
+
+void squared_norm(const std::vector<Operand>& operands, bool adaptive, const Randomness& random, double* partial_sums,
+                  void* result, bool result_is_double, void* stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  int64_t count = 0;
+  launch_all(operands, [&](auto p, auto g, const auto& table, uint32_t blocks) {
+    squared_norm_kernel<decltype(p), decltype(g)>
+        <<<blocks, kThreads, 0, cuda_stream>>>(table, random, adaptive, partial_sums + count);
+    count += blocks;
+  });
+  if (result_is_double) {
+    add_up_kernel<<<1, kWideThreads, 0, cuda_stream>>>(partial_sums, count, static_cast<double*>(result));
+  } else {
+    add_up_kernel<<<1, kWideThreads, 0, cuda_stream>>>(partial_sums, count, static_cast<float*>(result));
+  }
+  check_launch();
+}
+
+void perturb(const std::vector<Operand>& operands, const void* norm, bool norm_is_double, bool adaptive,
+             const Randomness& random, void* stream) {
+  launch_all(operands, [&](auto p, auto g, const auto& table, uint32_t blocks) {
+    perturb_kernel<decltype(p), decltype(g)>
+        <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, random, adaptive, norm, norm_is_double);
+  });
+}
+
+void restore(const std::vector<Operand>& operands, void* stream) {
+  launch_all(operands, [&](auto p, auto, const auto& table, uint32_t blocks) {
+    restore_kernel<decltype(p)><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(table);
+  });
+}
+
+template <typename T>
+void select_top(const T* before, const T* after, int64_t count, int64_t k, int64_t* indices, void* stream) {
+  select_top_kernel<<<1, kWideThreads, 0, static_cast<cudaStream_t>(stream)>>>(before, after, count, k, indices);
+  check_launch();
+}
+
+template void select_top(const float*, const float*, int64_t, int64_t, int64_t*, void*);
+template void select_top(const double*, const double*, int64_t, int64_t, int64_t*, void*);
+
+}  // namespace esam::cuda

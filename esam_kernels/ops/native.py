@@ -1,0 +1,125 @@
+"""The operators compiled from csrc/: C++ on the CPU and, where torch has CUDA and nvcc was found, CUDA.
+
+setup.py builds them; what it could not build, and why, it leaves in a file beside the library, for `unsupported`.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._C import _increment_version
+
+from .reference import ElementMask, compute_dtype, is_dense, same_order
+
+_LIBRARY = Path(__file__).with_name("libesam_kernels.so")
+_BUILD_REPORT = Path(__file__).with_name("native_build.json")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_ops = torch.ops.esam_kernels
+
+
+def _load() -> dict[str, str]:
+    """Load the library; for each device type that it has no operators for, why."""
+    devices = ("cpu", "cuda")
+    if not _BUILD_REPORT.exists():
+        return dict.fromkeys(devices, "not built: install with `pip install --no-build-isolation`")
+    missing = json.loads(_BUILD_REPORT.read_text())
+    if "cpu" in missing:
+        return missing
+    try:
+        torch.ops.load_library(_LIBRARY)
+    except OSError as error:
+        return dict.fromkeys(devices, f"built but not loadable: {error}")
+    torch.library.register_fake("esam_kernels::squared_norm", _squared_norm_fake)
+    torch.library.register_fake("esam_kernels::perturb_", lambda *_: None)
+    torch.library.register_fake("esam_kernels::restore_", lambda *_: None)
+    torch.library.register_fake("esam_kernels::select_top", lambda before, _, k: before.new_empty(k, dtype=torch.int64))
+    return missing
+
+
+def _squared_norm_fake(params: Sequence[Tensor], *_: object) -> Tensor:
+    wide = any(param.dtype == torch.float64 for param in params)
+    return params[0].new_empty((), dtype=torch.float64 if wide else torch.float32)
+
+
+_MISSING = _load()
+
+
+def unsupported(tensor: Tensor) -> str | None:
+    """Why these operators do not take a weight like ``tensor``, or None if they do."""
+    device = tensor.device.type
+    if device not in ("cpu", "cuda"):
+        return f"there are no operators for {device}"
+    if device in _MISSING:
+        return _MISSING[device]
+    if tensor.dtype not in _DTYPES:
+        return f"{tensor.dtype} is not float32, float64, bfloat16 or float16"
+    if tensor.layout != torch.strided:
+        return f"its layout is {tensor.layout}"
+    if not (tensor.is_contiguous() or is_dense(tensor)):
+        return "its elements lie in memory with gaps or overlaps"
+    return None
+
+
+def squared_norm(
+    params: Sequence[Tensor], grads: Sequence[Tensor], adaptive: bool = False, mask: ElementMask | None = None
+) -> Tensor:
+    """‖m * |w|^a * g‖², summed over the lists."""
+    return _ops.squared_norm(params, _like_params(params, grads), adaptive, *_bits(mask))
+
+
+def perturb_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    backups: Sequence[Tensor],
+    coefficients: Sequence[float],
+    norm: Tensor,
+    adaptive: bool = False,
+    mask: ElementMask | None = None,
+) -> None:
+    """backup <- w, then w <- w + e with e = coefficient / (norm + eps) * m * w^2a * g; e = 0 if norm is not finite."""
+    norm = norm.to(params[0].device, norm.dtype if norm.dtype == torch.float64 else torch.float32)
+    arguments = (params, _like_params(params, grads), backups, coefficients, norm, adaptive, *_bits(mask))
+    changed = [*params, *backups]
+    # One line, and no Python between the two calls: a backup's version tells whether the operator has run.
+    _ops.perturb_(*arguments); _increment_version(changed)  # fmt: skip # noqa: E702
+
+
+def restore_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
+    """w <- backup, bit for bit."""
+    _ops.restore_(params, backups)
+    _increment_version(params)
+
+
+def select_top(before: Tensor, after: Tensor, k: int) -> Tensor:
+    """Ascending indices of the k largest after - before; ties go to the lower index, NaN counts as largest."""
+    dtype = torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
+    return _ops.select_top(before.to(dtype).contiguous(), after.to(dtype).contiguous(), k)
+
+
+def _like_params(params: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """The other tensors, copied where their order in memory or their dtype is not one that the kernels read."""
+    return [
+        other
+        if other.dtype == param.dtype and other.stride() == param.stride()  # nearly always, and quick to see
+        else _like(param, other)
+        for param, other in zip(params, others)
+    ]
+
+
+def _like(param: Tensor, other: Tensor) -> Tensor:
+    dtype = other.dtype if other.dtype == param.dtype else compute_dtype(param)
+    if other.dtype == dtype and same_order(param, other):
+        return other
+    return torch.empty_like(param, dtype=dtype).copy_(other)
+
+
+def _bits(mask: ElementMask | None) -> tuple[int, int, int, Sequence[int], Sequence[int]]:
+    """A mask as the operators take it: seed (as a signed integer), step, threshold, tensor ids, offsets."""
+    if mask is None:
+        return 0, 0, 0, [], []
+    seed = (mask.seed + 2**63) % 2**64 - 2**63
+    offsets = mask.offsets if mask.offsets is not None else [0] * len(mask.tensor_ids)
+    return seed, mask.step & 0xFFFFFFFF, mask.threshold, mask.tensor_ids, offsets

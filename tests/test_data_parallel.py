@@ -1,0 +1,276 @@
+"""Under DistributedDataParallel the replicas stay bit-identical, and only pass 3's gradients travel.
+
+Both processes run every scenario in one go, since starting them is what takes long; the tests look at the results.
+"""
+
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from networks import batches, cross_entropy, grads, mlp, perturbed, same, values
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from esam_kernels import ESAM, batch_closure
+
+WORLD = 2
+STEPS = 20
+
+
+def data(rank: int, count: int = STEPS) -> list[tuple[Tensor, Tensor]]:
+    return batches(count, size=12, seed=10 + rank, dtype=torch.float64)
+
+
+class WithUnused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = mlp(dtype=torch.float64), nn.Linear(2, 2).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+def network() -> nn.Module:
+    return mlp(nn.BatchNorm1d(8), dtype=torch.float64)
+
+
+def replicate(model: nn.Module, **options) -> DistributedDataParallel:
+    return DistributedDataParallel(model, **options)
+
+
+def optimizer_of(network: nn.Module, **options) -> ESAM:
+    return ESAM(network.parameters(), torch.optim.SGD, **{"lr": 0.1, "momentum": 0.9, "rho": 0.5, **options})
+
+
+def hand_written(replica: nn.Module, inputs: Tensor, targets: Tensor):
+    def closure(index):
+        rows = slice(None) if index is None else index
+        return cross_entropy(replica(inputs[rows]), targets[rows])
+
+    return closure
+
+
+def closures_of(replica: nn.Module, batch: tuple[Tensor, Tensor], sizes: list[int], by_hand: bool = False) -> list:
+    make = hand_written if by_hand else lambda *parts: batch_closure(parts[0], cross_entropy, *parts[1:])
+    return [make(replica, x, y) for x, y in zip(*(part.split(sizes) for part in batch))]
+
+
+TRAINING = {
+    "default": {},
+    "static graph": {"ddp": {"static_graph": True}},
+    "unused parameters": {"ddp": {"find_unused_parameters": True}, "network": WithUnused},
+    "gradients as bucket views": {"ddp": {"gradient_as_bucket_view": True}},
+    "micro-batches": {"sizes": [4, 8]},
+    "micro-batches selected together": {  # often of one of them alone; batch norm takes no single rows
+        "sizes": [4, 8],
+        "esam": {"select_over": "all", "gamma": 0.2},
+        "network": lambda: mlp(dtype=torch.float64),
+    },
+    "micro-batches and unused parameters": {
+        "sizes": [4, 8],
+        "ddp": {"find_unused_parameters": True},
+        "network": WithUnused,
+    },
+    # PyTorch learns a static graph from its first backward, which is not to be one without reduction.
+    "micro-batches and a static graph": {"sizes": [4, 8], "first": [12], "ddp": {"static_graph": True}},
+    "gamma 1": {"esam": {"gamma": 1.0}},
+    "by element": {"esam": {"granularity": "element"}},
+    "interval": {"esam": {"interval": 2}},
+    "a closure by hand": {"by_hand": True},
+}
+
+
+def training(rank: int, ddp=(), esam=(), network=network, sizes=(12,), first=None, by_hand=False):
+    """Twenty steps with data of one's own; the start is rank 0's, as DDP has it."""
+    torch.manual_seed(rank)
+    replica = replicate(network(), **dict(ddp))
+    optimizer = optimizer_of(replica, **dict(esam), model=replica if by_hand else None)
+    start = values(replica)
+    for step, batch in enumerate(data(rank)):
+        split = first if first and step == 0 else sizes
+        optimizer.step(closures_of(replica, batch, list(split), by_hand))
+    return start, [param.detach() for param in replica.parameters()]
+
+
+SIZES = {"one batch": [12], "micro-batches": [4, 8]}
+
+
+def gradient(rank: int, sizes: list[int]):
+    replica = replicate(network())
+    optimizer_of(replica, beta=1.0).backward(closures_of(replica, data(rank)[0], sizes))
+    return grads(replica)
+
+
+def communication(rank: int, sizes: list[int], **esam):
+    """Gradient buckets reduced and buffers broadcast until each call of a closure, and at the end."""
+    replica = replicate(network())
+    counts = [0, 0]
+    sync_buffers = replica._sync_buffers
+
+    def reduce(state, bucket):
+        counts[0] += 1
+        return dist.all_reduce(bucket.buffer() / WORLD, async_op=True).get_future().then(lambda f: f.value()[0])
+
+    def broadcast():
+        counts[1] += 1
+        sync_buffers()
+
+    replica.register_comm_hook(None, reduce)
+    replica._sync_buffers = broadcast
+    seen = []
+
+    def counting(closure):
+        def call(index):
+            seen.append(tuple(counts))
+            return closure(index)
+
+        call.model = replica
+        return call
+
+    optimizer_of(replica, **esam).backward([counting(c) for c in closures_of(replica, data(rank)[0], sizes)])
+    return [*seen, tuple(counts)]
+
+
+def failure(rank: int, when: int):
+    """Rank 0 fails in one pass, finds everything as before, and tries again while rank 1 waits in its first try."""
+    replica = replicate(mlp(dtype=torch.float64))
+    optimizer = optimizer_of(replica)
+    closure, calls = batch_closure(replica, cross_entropy, *data(rank)[0]), 0
+
+    def failing(index):
+        nonlocal calls
+        calls += 1
+        losses = closure(index)
+        if calls == when:
+            raise InterruptedError
+        return losses
+
+    failing.model = replica
+    before, found = values(replica), []
+    if rank == 0:
+        with pytest.raises(InterruptedError):
+            optimizer.backward(failing)
+        found = ["forward" in vars(replica), same(before, values(replica)), any(g is not None for g in grads(replica))]
+    for batch in data(rank)[:3]:
+        optimizer.step(batch_closure(replica, cross_entropy, *batch))
+    return found, values(replica)
+
+
+def overflow(rank: int):
+    """In pass 1 of rank 0 alone."""
+    replica = replicate(network())
+    optimizer, scaler = optimizer_of(replica), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    closure, calls = batch_closure(replica, cross_entropy, *data(rank)[0]), 0
+
+    def overflowing(index):
+        nonlocal calls
+        calls += 1
+        return closure(index) * (float("inf") if rank == 0 and calls == 1 else 1.0)
+
+    overflowing.model = replica
+    before = [param.detach().clone() for param in replica.parameters()]
+    optimizer.backward(overflowing, scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    return same(before, [param.detach() for param in replica.parameters()]), scaler.get_scale()
+
+
+SCENARIOS = {
+    **{f"training, {name}": (training, options) for name, options in TRAINING.items()},
+    **{f"gradient, {name}": (gradient, {"sizes": sizes}) for name, sizes in SIZES.items()},
+    **{f"communication, {name}": (communication, {"sizes": sizes}) for name, sizes in SIZES.items()},
+    "communication, plain": (communication, {"sizes": [4, 8], "rho": 0.0}),
+    **{f"failure {when}": (failure, {"when": when}) for when in (1, 2, 3)},
+    "overflow": (overflow, {}),
+}
+
+
+def process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store, patience = f"file://{folder}/store", timedelta(seconds=20)  # a rank that waits in vain fails
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=patience)
+    results = {}
+    for name, (scenario, options) in SCENARIOS.items():
+        try:
+            results[name] = scenario(rank, **options)
+        except Exception:
+            results[name] = traceback.format_exc()
+            break  # the ranks are out of step
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """For each scenario, what the two ranks returned."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(process, (str(folder),), nprocs=WORLD)
+    ranks = [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(WORLD)]
+
+    def of(name):
+        for rank in ranks:
+            assert not isinstance(rank.get(name, "an earlier scenario failed"), str), rank.get(name)
+        return [rank[name] for rank in ranks]
+
+    return of
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_replicas_stay_bit_identical(results, name):
+    (start, one), (_, other) = results(f"training, {name}")
+    assert same(one, other)
+    assert not same(start[: len(one)], one)
+    assert all(weight.isfinite().all() for weight in one)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_gradient_is_the_mean_of_those_of_the_ranks(results, name):
+    """Each rank perturbs by its own gradient and selects among its own rows."""
+    expected = None
+    for rank in range(WORLD):
+        inputs, targets = data(rank)[0]
+        parts = list(zip(inputs.split(SIZES[name]), targets.split(SIZES[name])))
+
+        def mean(model, parts=parts):  # batch norm sees one micro-batch at a time
+            return torch.cat([cross_entropy(model(x), y) for x, y in parts]).mean()
+
+        model = network()
+        there = perturbed(model, mean, rho=0.5)
+        chosen = []
+        for x, y in parts:
+            rise = (cross_entropy(there(x), y) - cross_entropy(model(x), y)).detach()
+            index = rise.topk(max(1, len(x) // 2)).indices.sort().values
+            chosen.append(cross_entropy(there(x[index]), y[index]))
+        torch.cat(chosen).mean().backward()
+        expected = [g / WORLD + (e if expected else 0) for g, e in zip(grads(there), expected or [0] * 99)]
+    for rank_grads in results(f"gradient, {name}"):
+        for mine, theirs in zip(rank_grads, expected):
+            torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [*SIZES, "plain"])
+def test_only_the_last_backward_of_pass_3_communicates(results, name):
+    for counts in results(f"communication, {name}"):
+        *before, (reduced, _) = counts
+        assert len(before) == {"one batch": 3, "micro-batches": 6, "plain": 2}[name]
+        assert {count[0] for count in before} == {0}
+        assert reduced > 0
+        if name != "plain":  # pass 3's own broadcast of buffers comes with its forward
+            assert {count[1] for count in before[: 2 * len(SIZES[name]) + 1]} == {0}
+
+
+@pytest.mark.parametrize("when", [1, 2, 3])
+def test_a_failed_step_leaves_the_replica_as_it_was(results, when):
+    (found, one), (_, other) = results(f"failure {when}")
+    forward_replaced, weights_as_before, gradients_left = found
+    assert not forward_replaced
+    assert weights_as_before
+    assert not gradients_left
+    assert same(one, other)  # and the next steps work
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all(results):
+    assert results("overflow") == [(True, 512.0)] * WORLD
