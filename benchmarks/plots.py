@@ -31,8 +31,9 @@ def accuracy_over_time(result: dict[str, Any], path: Path) -> None:
             ax.plot(seconds, accuracy.mean(axis=0), color=color, linestyle=linestyle, label=method["label"])
             ax.fill_between(seconds, accuracy.min(axis=0), accuracy.max(axis=0), color=color, alpha=0.12, linewidth=0)
         # The early epochs, far below, would squeeze what matters.
-        worst = min(method["test_accuracy_mean"] for method in result["methods"].values())
-        ax.set_ylim(max(0, 100 - 5 * (100 - worst)), None)
+        final = [method["test_accuracy_mean"] for method in result["methods"].values()]
+        bottom = max(0, min(100 - 5 * (100 - min(final)), max(final) - 1))
+        ax.set_ylim(bottom, max(final) + 0.1 * (max(final) - bottom))
         ax.set(xlabel="training time, seconds", ylabel="test accuracy, %")
         ax.legend(loc="lower right")
 
