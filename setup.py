@@ -31,7 +31,9 @@ X86_64_FLAGS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512",
 }
 # Machine code for Ampere and Hopper, and PTX for what comes after them.
-CUDA_FLAGS = "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=[sm_90,compute_90]"
+CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC -fmad=false"
+for code in ("arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"):
+    CUDA_FLAGS += f" -gencode={code}"
 
 RULES = """\
 rule cxx
@@ -39,7 +41,7 @@ rule cxx
   depfile = $out.d
   deps = gcc
 rule nvcc
-  command = $nvcc -std=c++17 -O3 -Xcompiler -fPIC $flags -MMD -MF $out.d -c $in -o $out
+  command = $nvcc $flags -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
@@ -120,8 +122,12 @@ def cuda_obstacle(cuda_home: str | None) -> str | None:
 
     if torch.version.cuda is None:
         return "torch was built without CUDA"
-    if cuda_home is None or not (Path(cuda_home) / "bin" / "nvcc").exists():
+    nvcc = Path(cuda_home or "") / "bin" / "nvcc"
+    if cuda_home is None or not nvcc.exists():
         return "nvcc was not found"
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    if f"release {torch.version.cuda.split('.')[0]}." not in version:
+        return f"torch was built for CUDA {torch.version.cuda}, and nvcc is of another major version"
     return None
 
 
@@ -142,7 +148,7 @@ def ninja_file(library: Path, cpp_extension: ModuleType, cuda: bool) -> str:
     if cuda:
         steps.append(("cuda/operators.o", "cxx", CSRC / "cuda/operators.cpp", f"{flags} -DUSE_CUDA"))
         steps.append(("cuda/kernels.o", "nvcc", CSRC / "cuda/kernels.cu", CUDA_FLAGS))
-        link += " -ltorch_cuda -lcudart"
+        link += " -ltorch_cuda -lcudart_static -ldl -lrt -lpthread"
 
     lines = [RULES, f"cxx = {os.environ.get('CXX', 'c++')}"]
     if cuda:

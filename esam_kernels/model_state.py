@@ -87,6 +87,9 @@ class ModelState:
     def bypass_replicas(self, rollback: Rollback) -> Callable[[], None]:
         """Call what ``DistributedDataParallel`` wraps directly, for passes whose gradients are not reduced.
 
+        Only the buffers are sent, as in a forward of its own: pass 1 begins with rank 0's, so that a step leaves on
+        every rank the buffers that a plain step would.
+
         Returns:
             The function that puts the wrappers back.
         """
@@ -97,6 +100,8 @@ class ModelState:
 
         rollback.undo_by(put_back)
         for replica in self._replicas:
+            if replica._check_sync_bufs_pre_fwd():
+                replica._sync_buffers()
             # An instance attribute hides the class's forward; not set through Module, which would register the module.
             vars(replica)["forward"] = replica.module.__call__
         return put_back

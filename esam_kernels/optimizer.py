@@ -78,7 +78,7 @@ class ESAM(torch.optim.Optimizer):
 
     Raises:
         ValueError: if a value is out of its range, a name of ``base_options`` is one of ESAM's, parameters are complex
-            or not the base optimizer's, or the base optimizer needs a closure for its own step.
+            or not the base optimizer's, or the base optimizer maximizes or needs a closure for its own step.
         TypeError: if ``base`` is no optimizer.
     """
 
@@ -234,9 +234,12 @@ class ESAM(torch.optim.Optimizer):
             TypeError: if a closure cannot be called with an index, or returns no tensor.
             ValueError: if a closure returns anything but one loss per sample, a setting is out of its range, or a
                 parameter to be perturbed has a sparse gradient.
-            RuntimeError: during another ``backward``, and between ``first_step`` and ``second_step``.
+            RuntimeError: during another ``backward``, between ``first_step`` and ``second_step``, and where gradients
+                are disabled.
         """
         self._require_idle("backward()")
+        if not torch.is_grad_enabled():
+            raise RuntimeError("backward() was called under torch.no_grad() or inference_mode(): call it outside")
         closures = _check_closures(closure)
         settings, step, targets = self._settings(), self._step, self._targets()
         rollback = Rollback()
@@ -348,7 +351,8 @@ class ESAM(torch.optim.Optimizer):
 
     def _model_state(self, closures: Sequence[Closure] = ()) -> ModelState:
         models = [self.model, *(getattr(closure, "model", None) for closure in closures)]
-        return ModelState([model for model in models if model is not None], _params(self.param_groups))
+        # A closure written by hand may call anything its model.
+        return ModelState([model for model in models if isinstance(model, nn.Module)], _params(self.param_groups))
 
     def _settings(self) -> Settings:
         """The settings as they stand in the groups now, checked."""
@@ -419,6 +423,8 @@ def _check_groups(groups: list[dict[str, Any]], keys: dict[str, str]) -> None:
                     f"{name} is {first!r} in one parameter group and {value!r} in another: only rho and "
                     "adaptive may differ between groups"
                 )
+        if group.get("maximize"):
+            raise ValueError("maximize = True: ESAM minimizes the loss; negate it and leave maximize out")
         for param in group["params"]:
             if param.is_complex():
                 raise ValueError(
@@ -451,10 +457,13 @@ def _check_base(base: object, options: dict[str, Any]) -> None:
 
 
 def _check_same_params(params: Iterable[Any] | None, base: torch.optim.Optimizer) -> None:
-    given = [] if params is None else list(params)
+    if params is None:
+        return
+    given = list(params)
     if given and isinstance(given[0], dict):
         given = _params(given)
-    if params is not None and {id(param) for param in given} != {id(param) for param in _params(base.param_groups)}:
+    given = [item[1] if isinstance(item, tuple) else item for item in given]  # named parameters
+    if {id(param) for param in given} != {id(param) for param in _params(base.param_groups)}:
         raise ValueError("params are not the base optimizer's: give params=None, or the same ones")
 
 

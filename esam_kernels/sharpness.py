@@ -178,9 +178,8 @@ def esam_backward(
         replay_random_state()
         state.forget_weight_copies()
         look = torch.no_grad()(steered)
-        after = [
-            look(closure, rollback, size=len(sample.losses), graph=False) for closure, sample in zip(closures, before)
-        ]
+        sizes = [len(sample.losses) for sample in before]
+        after = [look(closure, rollback, size=size, graph=False) for closure, size in zip(closures, sizes)]
     use_replicas()
 
     # Pass 3, descend: the gradient of the selected samples at w + e, for all weights.
@@ -367,7 +366,7 @@ def evaluate(
 
     Raises:
         TypeError: if it does not return a tensor, or two.
-        ValueError: if the losses are not a floating tensor of shape [b], with a graph if needed, or the weights do not fit.
+        ValueError: if the losses are not a floating tensor of shape [b], have no graph, or the weights do not fit.
     """
     size = size if index is None else len(index)
     result = rollback.interruptible(closure, index)

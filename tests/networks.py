@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from esam_kernels import ESAM, batch_closure
 
-torch.set_num_threads(1)  # more threads would only wait for each other over tensors this small
-
 cross_entropy = nn.CrossEntropyLoss(reduction="none")
 
 BASES = {

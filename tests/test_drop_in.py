@@ -361,6 +361,18 @@ def test_weights_of_losses_give_the_mean_over_tokens(sizes, beta):
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
 
 
+def test_a_closure_by_hand_may_have_any_attributes():
+    model, plain = mlp(), mlp()
+
+    def closure(index):
+        return closure_of(model)(index)
+
+    closure.model = "resnet18"
+    optimizer_of(model).backward(closure)
+    optimizer_of(plain).backward(closure_of(plain))
+    assert same(grads(model), grads(plain))
+
+
 def test_interval_makes_every_so_manieth_step_an_esam_step():
     model = mlp()
     optimizer = optimizer_of(model, interval=3)

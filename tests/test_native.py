@@ -163,6 +163,20 @@ def test_gradients_that_differ_in_layout_and_dtype():
 
 
 @built
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lists_larger_than_the_caches(dtype):
+    """Their backups take another path through memory; the last one is not aligned for it."""
+    sizes = (4_000_003, 5_000_001, 7)
+    params = [torch.arange(size).remainder(97).to(dtype) for size in sizes]
+    originals = [param.clone() for param in params]
+    backups = [torch.empty_like(param) for param in params[:-1]] + [torch.empty(8, dtype=dtype)[1:]]
+    native.perturb_(params, params, backups, [1 + 1e-12] * 3, torch.tensor(1.0))
+    for param, backup, original in zip(params, backups, originals, strict=True):
+        assert torch.equal(backup, original)
+        assert torch.equal(param, 2 * original)
+
+
+@built
 def test_operators_refuse_what_they_cannot_read():
     params, grads, backups, coefficients, _ = make_lists()
     operators, no_bits = torch.ops.esam_kernels, native._bits(None)

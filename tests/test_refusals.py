@@ -76,6 +76,7 @@ def test_a_value_out_of_range_that_was_set_later(name, value, fix):
         (None, {}, TypeError, r"None.*torch\.optim\.SGD"),
         (torch.optim.SGD, {"lr": 0.1, "bta": 0.5}, TypeError, "bta"),
         (torch.optim.SGD, {"lr": -0.1}, ValueError, "-0.1"),
+        (torch.optim.SGD, {"lr": 0.1, "maximize": True}, ValueError, "maximize = True: .*negate"),
     ],
 )
 def test_a_base_that_cannot_serve(base, options, error, words):
@@ -101,6 +102,16 @@ def test_options_and_other_parameters_for_a_ready_base():
             ESAM(params, base, **options)
         assert [dict(group) for group in base.param_groups] == groups
     ESAM(model.parameters(), base)  # the same parameters are fine
+    ESAM(model.named_parameters(), torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("disabled", [torch.no_grad, torch.inference_mode])
+def test_backward_where_gradients_are_disabled(disabled):
+    model = mlp()
+    optimizer = sgd(model)
+    with disabled(), pytest.raises(RuntimeError, match=r"no_grad.*outside"):
+        optimizer.backward(batch_closure(model, cross_entropy, INPUTS, TARGETS))
+    works(model, optimizer)
 
 
 def test_a_bad_group_of_a_ready_base_leaves_it_as_it_was():

@@ -7,6 +7,10 @@
 #include <cstring>
 #include <type_traits>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include "../numerics.h"
 
 namespace esam::cpu {
@@ -47,6 +51,28 @@ class Words {
   uint32_t words_[kBlock / 4 + 1][4];
   int64_t skipped_;
 };
+
+// A copy past the caches, whose lines are not fetched only to be overwritten; finish_streams() completes it.
+void stream(void* target, const void* source, int64_t bytes) {
+  int64_t streamed = 0;
+#ifdef __SSE2__
+  if (reinterpret_cast<uintptr_t>(target) % sizeof(__m128i) == 0) {
+    for (; streamed + static_cast<int64_t>(sizeof(__m128i)) <= bytes; streamed += sizeof(__m128i)) {
+      const void* from = static_cast<const char*>(source) + streamed;
+      void* to = static_cast<char*>(target) + streamed;
+      _mm_stream_si128(static_cast<__m128i*>(to), _mm_loadu_si128(static_cast<const __m128i*>(from)));
+    }
+  }
+#endif
+  memcpy(static_cast<char*>(target) + streamed, static_cast<const char*>(source) + streamed, bytes - streamed);
+}
+
+// Before another thread is told that the copies are there.
+void finish_streams() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
 
 // x <- m * x
 template <typename C>
@@ -91,7 +117,8 @@ double squared_norm(const Operand& operand, int64_t begin, int64_t end, bool ada
 }
 
 template <typename P, typename G>
-void perturb(const Operand& operand, int64_t begin, int64_t end, double norm, bool adaptive, const Randomness& random) {
+void perturb(const Operand& operand, int64_t begin, int64_t end, double norm, bool adaptive, const Randomness& random,
+             bool streaming) {
   using C = Compute<P>;
   P* param = static_cast<P*>(operand.param);
   P* backup = static_cast<P*>(operand.backup);
@@ -101,7 +128,11 @@ void perturb(const Operand& operand, int64_t begin, int64_t end, double norm, bo
   alignas(64) C buffer[kBlock], weights[kBlock];
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t count = end - i < kBlock ? end - i : kBlock;
-    memcpy(backup + i, param + i, count * sizeof(P));
+    if (streaming) {
+      stream(backup + i, param + i, count * sizeof(P));
+    } else {
+      memcpy(backup + i, param + i, count * sizeof(P));
+    }
     if (!moves) continue;
     const C* x = load(grad + i, count, buffer);
     const C* w = load(param + i, count, weights);
@@ -125,6 +156,7 @@ void perturb(const Operand& operand, int64_t begin, int64_t end, double norm, bo
       for (int64_t j = 0; j < count; ++j) narrow(weights[j], param[i + j]);
     }
   }
+  if (streaming) finish_streams();
 }
 
 // Calls function(P{}, G{}) for the types of a tensor and of its gradient.
@@ -150,9 +182,10 @@ double squared_norm_any(const Operand& operand, int64_t begin, int64_t end, bool
 }
 
 void perturb_any(const Operand& operand, int64_t begin, int64_t end, double norm, bool adaptive,
-                 const Randomness& random) {
-  dispatch(operand,
-           [&](auto p, auto g) { perturb<decltype(p), decltype(g)>(operand, begin, end, norm, adaptive, random); });
+                 const Randomness& random, bool streaming) {
+  dispatch(operand, [&](auto p, auto g) {
+    perturb<decltype(p), decltype(g)>(operand, begin, end, norm, adaptive, random, streaming);
+  });
 }
 
 }  // namespace

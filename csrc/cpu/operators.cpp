@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t kChunk = 16384;  // elements; a multiple of kAlignment
 constexpr int64_t kAlignment = 64;
+constexpr int64_t kCacheBytes = 1 << 24;  // backups of more than this would have left the caches before they are read
 
 // As ATen does it: the widest instruction set that the machine has, or ATEN_CPU_CAPABILITY (default, avx2, avx512).
 const Kernels& choose_kernels() {
@@ -106,8 +107,11 @@ void perturb_(const Tensors& params, const Tensors& grads, const Tensors& backup
   check_norm(params, norm);
   const double total =
       norm.scalar_type() == ScalarType::Double ? *norm.const_data_ptr<double>() : *norm.const_data_ptr<float>();
+  int64_t bytes = 0;
+  for (const Operand& operand : table) bytes += operand.size * element_size(operand.dtype);
+  const bool streaming = bytes > kCacheBytes;
   Chunks(table).for_each([&](int64_t, size_t i, int64_t begin, int64_t end) {
-    kernels().perturb(table[i], begin, end, total, adaptive, random);
+    kernels().perturb(table[i], begin, end, total, adaptive, random, streaming);
   });
 }
 

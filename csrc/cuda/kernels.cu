@@ -115,10 +115,15 @@ __device__ void weighted_gradient(const Row<C>& row, int64_t j, const Pack<P, N>
   }
 }
 
-// Calls function(width, j) for all elements of this block's chunk, each thread its own: kPack<P> at a time where
-// addresses and words allow it, one at a time in the rest. function takes the width as a std::integral_constant.
-template <typename P, typename C, typename F>
-__device__ void for_each_pack(const Table<C>& table, F function) {
+// What this block works on.
+template <typename C>
+struct Chunk {
+  const Row<C>& row;
+  int64_t begin, end;
+};
+
+template <typename C>
+__device__ Chunk<C> find_chunk(const Table<C>& table) {
   int low = 0, high = table.count - 1;  // the first row to end after this chunk
   while (low < high) {
     const int middle = (low + high) / 2;
@@ -129,18 +134,26 @@ __device__ void for_each_pack(const Table<C>& table, F function) {
     }
   }
   const Row<C>& row = table.rows[low];
-  const int64_t first_chunk = low == 0 ? 0 : table.rows[low - 1].end_chunk;
-  const int64_t begin = (blockIdx.x - first_chunk) * kChunk;
-  const int64_t end = min(begin + kChunk, static_cast<int64_t>(row.size));
-  const uint64_t addresses = reinterpret_cast<uint64_t>(row.param) | reinterpret_cast<uint64_t>(row.grad) |
-                             reinterpret_cast<uint64_t>(row.backup);
-  const bool packs = addresses % 16 == 0 && row.offset % 4 == 0;
-  const int64_t packed_end = packs ? begin + (end - begin) / kPack<P> * kPack<P> : begin;
-  for (int64_t j = begin + threadIdx.x * kPack<P>; j < packed_end; j += kThreads * kPack<P>) {
-    function(std::integral_constant<int, kPack<P>>(), row, j);
+  const int64_t begin = (blockIdx.x - (low == 0 ? 0 : table.rows[low - 1].end_chunk)) * kChunk;
+  return {row, begin, min(begin + kChunk, static_cast<int64_t>(row.size))};
+}
+
+// Calls function(width, j) for all of a chunk's elements, each thread its own: kPack<P> at a time where addresses and
+// words allow it, one at a time in the rest. function takes the width as a std::integral_constant.
+template <typename P, typename C, typename F>
+__device__ void for_each_pack(const Chunk<C>& chunk, F function) {
+  const uint64_t addresses = reinterpret_cast<uint64_t>(chunk.row.param) | reinterpret_cast<uint64_t>(chunk.row.grad) |
+                             reinterpret_cast<uint64_t>(chunk.row.backup);
+  const bool packs = addresses % 16 == 0 && chunk.row.offset % 4 == 0;
+  const int64_t packed_end = packs ? chunk.begin + (chunk.end - chunk.begin) / kPack<P> * kPack<P> : chunk.begin;
+  // Not unrolled: many resident threads keep the memory busy, and an unrolled body spills registers.
+#pragma unroll 1
+  for (int64_t j = chunk.begin + threadIdx.x * kPack<P>; j < packed_end; j += kThreads * kPack<P>) {
+    function(std::integral_constant<int, kPack<P>>(), j);
   }
-  for (int64_t j = packed_end + threadIdx.x; j < end; j += kThreads) {
-    function(std::integral_constant<int, 1>(), row, j);
+#pragma unroll 1
+  for (int64_t j = packed_end + threadIdx.x; j < chunk.end; j += kThreads) {
+    function(std::integral_constant<int, 1>(), j);
   }
 }
 
@@ -164,12 +177,13 @@ __global__ void __launch_bounds__(kThreads)
     squared_norm_kernel(const __grid_constant__ Table<Compute<P>> table, const __grid_constant__ Randomness random,
                         bool adaptive, double* partial_sums) {
   using C = Compute<P>;
+  const Chunk<C> chunk = find_chunk(table);
   C sum = 0;
-  for_each_pack<P>(table, [&](auto width, const Row<C>& row, int64_t j) {
+  for_each_pack<P>(chunk, [&](auto width, int64_t j) {
     constexpr int N = decltype(width)::value;
-    const Pack<P, N> w = adaptive ? load<N, P>(row.param, j) : Pack<P, N>{};
+    const Pack<P, N> w = adaptive ? load<N, P>(chunk.row.param, j) : Pack<P, N>{};
     C x[N];
-    weighted_gradient<N, 1, P, G>(row, j, w, adaptive, random, x);
+    weighted_gradient<N, 1, P, G>(chunk.row, j, w, adaptive, random, x);
 #pragma unroll
     for (int i = 0; i < N; ++i) sum = fma(x[i], x[i], sum);
   });
@@ -192,13 +206,15 @@ __global__ void __launch_bounds__(kThreads)
   using C = Compute<P>;
   const C total = norm_is_double ? static_cast<C>(*static_cast<const double*>(norm))
                                  : static_cast<C>(*static_cast<const float*>(norm));
+  const Chunk<C> chunk = find_chunk(table);
+  const Row<C>& row = chunk.row;
+  const C scale = row.coefficient / (total + static_cast<C>(kEps));
   const bool moves = isfinite(total);
-  for_each_pack<P>(table, [&](auto width, const Row<C>& row, int64_t j) {
+  for_each_pack<P>(chunk, [&](auto width, int64_t j) {
     constexpr int N = decltype(width)::value;
     Pack<P, N> w = load<N, P>(row.param, j);
     store(row.backup, j, w);
     if (!moves) return;
-    const C scale = row.coefficient / (total + static_cast<C>(kEps));
     C x[N];
     weighted_gradient<N, 2, P, G>(row, j, w, adaptive, random, x);
 #pragma unroll
@@ -222,8 +238,9 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename P>
 __global__ void __launch_bounds__(kThreads) restore_kernel(const __grid_constant__ Table<Compute<P>> table) {
-  for_each_pack<P>(table, [&](auto width, const auto& row, int64_t j) {
-    store(row.param, j, load<decltype(width)::value, P>(row.backup, j));
+  const Chunk<Compute<P>> chunk = find_chunk(table);
+  for_each_pack<P>(chunk, [&](auto width, int64_t j) {
+    store(chunk.row.param, j, load<decltype(width)::value, P>(chunk.row.backup, j));
   });
 }
 

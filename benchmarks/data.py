@@ -1,0 +1,171 @@
+"""Image data, wholly on the device as uint8, and the usual augmentation done there a batch at a time."""
+
+import io
+import pickle
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+DATASETS = ("digits", "cifar10")
+
+Arrays = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # images [n, channels, height, width] and their labels [n]
+
+
+@dataclass
+class ImageData:
+    """A data set split in two: images are uint8 [n, channels, height, width], labels int64 [n].
+
+    Attributes:
+        label: what results obtained with it are called.
+        pad: by how many pixels augmentation may shift an image.
+        flip: whether augmentation may mirror an image (a mirrored digit is no digit).
+        memory_format: of the batches.
+    """
+
+    label: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    pad: int
+    flip: bool
+    memory_format: torch.memory_format
+    classes: int = 10
+    _mean: Tensor = field(init=False)
+    _std: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._std, self._mean = torch.std_mean(self.train_images.float(), dim=(0, 2, 3), keepdim=True)
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+        return self.train_images.shape[1]
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Full batches in an epoch; the remainder is left out, so that every step costs the same."""
+        return len(self.train_images) // batch_size
+
+    def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch of shuffled, augmented, normalized batches."""
+        order = torch.randperm(len(self.train_images), generator=generator, device=generator.device)
+        for index in order[: self.steps_per_epoch(batch_size) * batch_size].split(batch_size):
+            images = augment(self.train_images[index], self.pad, self.flip, generator)
+            yield self.normalize(images), self.train_labels[index]
+
+    def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test set in order, as it is."""
+        for images, labels in zip(self.test_images.split(batch_size), self.test_labels.split(batch_size)):
+            yield self.normalize(images), labels
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Float images that have mean 0 and deviation 1 in each channel over the training set."""
+        return ((images.float() - self._mean) / self._std).contiguous(memory_format=self.memory_format)
+
+
+def augment(images: Tensor, pad: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Shift each image by up to ``pad`` pixels, filling with zeros, and mirror half of them if ``flip``."""
+    n, _, height, width = images.shape
+    device = images.device
+    top, left = torch.randint(2 * pad + 1, (2, n, 1), generator=generator, device=device)
+    rows, columns = top + torch.arange(height, device=device), left + torch.arange(width, device=device)
+    if flip:
+        mirrored = torch.rand(n, 1, generator=generator, device=device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    # One gather for all images; indexing around the slice puts the channels last.
+    sample = torch.arange(n, device=device)[:, None, None]
+    crops = nn.functional.pad(images, (pad,) * 4)[sample, :, rows[:, :, None], columns[:, None, :]]
+    return crops.permute(0, 3, 1, 2)
+
+
+def load(name: str, file: Path | None, device: torch.device, memory_format: torch.memory_format) -> ImageData:
+    """A data set on the device.
+
+    Args:
+        name: one of ``DATASETS``.
+        file: where CIFAR-10 is: the python-pickle archive or its extracted folder, or an .npz pack of JPEG files.
+        device: where to put it.
+        memory_format: in which order the dimensions of its batches lie in memory.
+
+    Raises:
+        ValueError: if a file is missing or not needed.
+    """
+    if name == "digits":
+        if file is not None:
+            raise ValueError(f"--data digits comes with scikit-learn: leave out --data-file {file}")
+        label, pad, flip = "scikit-learn digits", 1, False
+        train, test = _digits()
+    else:
+        if file is None:
+            raise ValueError(f"--data {name} needs --data-file: cifar-10-python.tar.gz, its folder, or a JPEG pack")
+        if not file.exists():
+            raise ValueError(f"--data-file {file} does not exist")
+        is_pack = file.suffix == ".npz"
+        label, pad, flip = "CIFAR-10 (JPEG copy)" if is_pack else "CIFAR-10", 4, True
+        train, test = _cifar_jpeg(file) if is_pack else _cifar_pickles(file)
+    arrays = [torch.from_numpy(array) for array in (*train, *test)]
+    train_images, train_labels, test_images, test_labels = (
+        array.to(device, torch.uint8 if array.dim() == 4 else torch.int64) for array in arrays
+    )
+    return ImageData(label, train_images, train_labels, test_images, test_labels, pad, flip, memory_format)
+
+
+def _digits() -> tuple[Arrays, Arrays]:
+    """1,797 handwritten digits of 8x8 pixels with values 0 to 16: 1,000 to train with, 797 to test."""
+    images, labels = load_digits(return_X_y=True)
+    images = images.astype(np.uint8).reshape(-1, 1, 8, 8)
+    train_images, test_images, train_labels, test_labels = train_test_split(
+        images, labels, train_size=1000, stratify=labels, random_state=0
+    )
+    return (train_images, train_labels), (test_images, test_labels)
+
+
+def _cifar_pickles(path: Path) -> tuple[Arrays, Arrays]:
+    """The archive or folder from the data set's page: five files to train with, one to test."""
+    if path.is_file():
+        with tarfile.open(path) as archive, TemporaryDirectory() as folder:
+            archive.extractall(folder, filter="data")
+            return _cifar_pickles(Path(folder) / "cifar-10-batches-py")
+
+    def read(name: str) -> Arrays:
+        with (path / name).open("rb") as file:
+            batch = _ArrayUnpickler(file, encoding="bytes").load()
+        return batch[b"data"].reshape(-1, 3, 32, 32), np.asarray(batch[b"labels"], np.uint8)
+
+    images, labels = zip(*(read(f"data_batch_{i}") for i in range(1, 6)))
+    return (np.concatenate(images), np.concatenate(labels)), read("test_batch")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds NumPy arrays and nothing else, so that a file from anywhere cannot run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        numpy_parts = module.split(".")[0] == "numpy" and name in {"_reconstruct", "_frombuffer", "ndarray", "dtype"}
+        if not numpy_parts and (module, name) != ("_codecs", "encode"):
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong in a CIFAR-10 file")
+        return super().find_class(module, name)
+
+
+def _cifar_jpeg(path: Path) -> tuple[Arrays, Arrays]:
+    """A pack of JPEG files: file i of a split is ``jpeg[offsets[i]:offsets[i + 1]]``."""
+    with np.load(path) as pack:
+        arrays = {name: pack[name] for name in pack.files if name != "classes"}
+
+    def decode(split: str) -> Arrays:
+        files, cuts = arrays[f"{split}_jpeg"].tobytes(), arrays[f"{split}_offsets"].tolist()
+        images = [np.asarray(Image.open(io.BytesIO(files[a:b])).convert("RGB")) for a, b in pairwise(cuts)]
+        return np.stack(images).transpose(0, 3, 1, 2), arrays[f"{split}_labels"]
+
+    return decode("train"), decode("test")

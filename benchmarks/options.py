@@ -1,0 +1,84 @@
+"""The command line that the benchmarks share: data, network, device and hyperparameters."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import data, models
+from .environment import cpu_has_bf16_matrix_units
+from .methods import Settings
+
+RESULTS = Path(__file__).parent / "results"
+
+# Where the defaults of options come from; --data and --model choose. Those for CIFAR-10 are the paper's.
+RECIPES: dict[str, dict[str, Any]] = {
+    "digits": {"model": "small", "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4},
+    "cifar10": {"model": "resnet18", "batch_size": 128, "lr": 0.05, "weight_decay": 1e-3},
+    "wrn28_10": {"rho": 0.1, "beta": 0.5},
+}
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the shared options."""
+    parser = argparse.ArgumentParser(description=description)
+    add = parser.add_argument
+    add("--data", choices=data.DATASETS, default="digits", help="default: %(default)s")
+    add("--data-file", type=Path, metavar="PATH", help="CIFAR-10: the .tar.gz, its folder, or an .npz of JPEG files")
+    add("--model", choices=models.MODELS, help="default: small for digits, resnet18 for cifar10")
+    add("--width", type=int, help="channels of the first stage; for wrn28_10 the factor of width")
+    add("--batch-size", type=int, help="default: 128")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--channels-last", action="store_true", help="keep images and weights in channels-last order")
+    add("--lr", type=float, help="peak learning rate; default: 0.1 for digits, 0.05 for cifar10")
+    add("--momentum", type=float, default=0.9, help="default: %(default)s")
+    add("--weight-decay", type=float, help="default: 5e-4 for digits, 1e-3 for cifar10")
+    add("--rho", type=float, default=0.05, help="radius of SAM and ESAM; default: 0.05, for wrn28_10 0.1")
+    add("--beta", type=float, default=0.6, help="share of weights that ESAM perturbs; default: 0.6, for wrn28_10 0.5")
+    add("--gamma", type=float, default=0.5, help="share of samples that ESAM descends on; default: %(default)s")
+    add("--output", type=Path, default=RESULTS, metavar="FOLDER", help="default: benchmarks/results")
+    return parser
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, recipes: Mapping[str, dict[str, Any]]
+) -> argparse.Namespace:
+    """Parse, with defaults for the chosen data and network from ``RECIPES``, and before them from ``recipes``."""
+    for choice in ("data", "model"):
+        known = vars(parser.parse_known_args(argv)[0])
+        recipe = RECIPES.get(known[choice], {}) | recipes.get(known[choice], {})
+        parser.set_defaults(**{name: value for name, value in recipe.items() if name in known})
+    return parser.parse_args(argv)
+
+
+def images(args: argparse.Namespace) -> data.ImageData:
+    """The chosen data on the chosen device, after saying what may surprise there."""
+    device = torch.device(args.device)
+    if device.type == "cpu" and not cpu_has_bf16_matrix_units():
+        print("This CPU has no bf16 matrix units: what runs in bf16 saves no time here.")
+    torch.backends.cudnn.benchmark = True
+    return data.load(args.data, args.data_file, device, memory_format(args))
+
+
+def as_json(args: argparse.Namespace) -> dict[str, Any]:
+    """The options as they go into a result: all but the paths, which are this machine's own."""
+    return {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+
+
+def settings(args: argparse.Namespace, **more: Any) -> Settings:
+    """The optimizers' options, and more of them."""
+    return Settings(args.lr, args.momentum, args.weight_decay, args.rho, args.beta, args.gamma, **more)
+
+
+def network(args: argparse.Namespace, channels: int, classes: int, seed: int) -> nn.Module:
+    """The chosen network with the initial weights of a seed, on the chosen device."""
+    model = models.build(args.model, width=args.width, channels=channels, classes=classes, seed=seed)
+    return model.to(args.device, memory_format=memory_format(args))  # type: ignore[call-overload]
+
+
+def memory_format(args: argparse.Namespace) -> torch.memory_format:
+    """The order of the dimensions in memory."""
+    return torch.channels_last if args.channels_last else torch.contiguous_format

@@ -1,0 +1,172 @@
+"""The main job: train one network with SGD, SAM and ESAM, and tell what each costs and buys.
+
+All methods start from the same weights and see the same batches, and take turns epoch by epoch, so that a disturbance
+of the machine meets all of them. A step's time includes the preparation of its batch on the device.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from statistics import mean, stdev
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from tqdm import tqdm
+
+from . import data, options, plots, report
+from .measure import Stopwatch, peak_memory, ratio, spread
+from .methods import BF16_ON_ITS_OWN, METHODS, trainer
+
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TEST_BATCH = 1000
+
+Curves = dict[str, list[list[dict[str, float]]]]  # for each method, for each seed, for each epoch
+
+
+class Run:
+    """One network in training, by one method from one seed.
+
+    Attributes:
+        curve: for each epoch its seconds of training, mean training loss and test accuracy in percent.
+    """
+
+    def __init__(self, name: str, seed: int, images: data.ImageData, args: argparse.Namespace) -> None:
+        self.images = images
+        self.batch_size = args.batch_size
+        device = torch.device(args.device)
+        model = options.network(args, images.channels, images.classes, seed)
+        self.trainer = trainer(name, model, options.settings(args, amp=AMP.get(args.amp), seed=seed), device)
+        self.scheduler = CosineAnnealingLR(self.trainer.optimizer, T_max=args.epochs)
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.stopwatch = Stopwatch(device)
+        self.curve: list[dict[str, float]] = []
+
+    def train_epoch(self, progress: tqdm) -> None:
+        """Train for an epoch; host and device meet only at its end."""
+        self.stopwatch.mark()
+        losses = []
+        for inputs, targets in self.images.train_batches(self.batch_size, self.generator):
+            losses.append(self.trainer.step(inputs, targets))
+            progress.update()
+        self.stopwatch.mark()
+        self.scheduler.step()
+        (seconds,) = self.stopwatch.laps()
+        loss = torch.stack(losses).mean().item()
+        self.curve.append({"seconds": seconds, "train_loss": loss, "test_accuracy": self.accuracy()})
+
+    @torch.inference_mode()
+    def accuracy(self) -> float:
+        """Share of the test images that are classified correctly, in percent."""
+        self.trainer.model.eval()
+        batches = self.images.test_batches(TEST_BATCH)
+        right = sum((self.trainer.model(images).argmax(1) == labels).sum() for images, labels in batches)
+        self.trainer.model.train()
+        return 100 * int(right) / len(self.images.test_labels)
+
+
+def memory_of(name: str, images: data.ImageData, args: argparse.Namespace) -> int:
+    """Peak bytes of two steps of a method on its own: weights, gradients, optimizer state and activations."""
+
+    def two_steps() -> None:
+        run = Run(name, 0, images, args)
+        for _, (inputs, targets) in zip(range(2), images.train_batches(args.batch_size, run.generator)):
+            run.trainer.step(inputs, targets)
+
+    return peak_memory(torch.device(args.device), two_steps)
+
+
+def train(images: data.ImageData, args: argparse.Namespace, deadline: float) -> Curves:
+    """Train with every method from every seed, as far as the deadline lets it.
+
+    Seeds come one after another, so that what is cut off by the deadline is a whole seed's training and not the end of
+    every schedule. Within a seed the methods take turns epoch by epoch, in an order that rotates.
+
+    Returns:
+        For each method the curves of its seeds, all methods being equally far.
+    """
+    curves: Curves = {name: [] for name in args.optimizers}
+    rounds, longest = args.seeds * args.epochs, 0.0
+    with tqdm(total=rounds * len(curves) * images.steps_per_epoch(args.batch_size), unit="step") as progress:
+        for seed in range(args.seeds):
+            runs = {name: Run(name, seed, images, args) for name in curves}
+            for epoch in range(args.epochs):
+                start = perf_counter()
+                if longest and start + longest > deadline:
+                    return curves
+                if epoch == 0:
+                    for name, run in runs.items():
+                        curves[name].append(run.curve)
+                turn = epoch % len(runs)
+                for name in [*args.optimizers[turn:], *args.optimizers[:turn]]:
+                    progress.set_description(f"seed {seed}, epoch {epoch + 1}/{args.epochs}, {METHODS[name].label}")
+                    runs[name].train_epoch(progress)
+                longest = max(longest, perf_counter() - start)
+    return curves
+
+
+def summarize(curves: Curves, steps: int, epochs: int) -> dict[str, dict[str, Any]]:
+    """For each method its accuracy over the seeds that were finished (all of them if none was), and its time."""
+    seconds = {name: [epoch["seconds"] for curve in seeds for epoch in curve] for name, seeds in curves.items()}
+    summary: dict[str, dict[str, Any]] = {}
+    for name, seeds in curves.items():
+        finished = [curve for curve in seeds if len(curve) == epochs] or seeds
+        final = [curve[-1]["test_accuracy"] for curve in finished]
+        summary[name] = {
+            "seeds": len(final),
+            "epochs": len(finished[0]),
+            "test_accuracy_mean": mean(final),
+            "test_accuracy_std": stdev(final) if len(final) > 1 else None,
+            "seconds_per_step": spread([epoch / steps for epoch in seconds[name]])._asdict(),
+            "time_over_sgd": ratio(seconds[name], seconds["sgd"])._asdict() if "sgd" in seconds else None,
+        }
+    return summary
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = options.make_parser(__doc__ or "")
+    add = parser.add_argument
+    add("--optimizers", nargs="+", choices=METHODS, help="default: all that make sense")
+    add("--epochs", type=int, help="the learning rate anneals over them; default: 40 for digits, 200 for cifar10")
+    add(
+        "--time-budget", type=float, metavar="SECONDS", help="of the whole job; it stops after the last epoch that fits"
+    )
+    add("--seeds", type=int, default=3, help="how many; default: %(default)s")
+    add("--amp", choices=AMP, help="train under autocast; fp16 with a GradScaler")
+    args = options.parse(parser, argv, {"digits": {"epochs": 40}, "cifar10": {"epochs": 200}})
+    if args.optimizers is None:
+        args.optimizers = [name for name in METHODS if not (args.amp and name in BF16_ON_ITS_OWN)]
+    elif args.amp and (odd := set(args.optimizers) & set(BF16_ON_ITS_OWN)):
+        parser.error(f"--amp sets the precision of all passes: leave out {', '.join(sorted(odd))}")
+    if args.epochs < 1 or args.seeds < 1:
+        parser.error("--epochs and --seeds must be at least 1")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the job, write its results and print the table."""
+    started = perf_counter()
+    args = parse_args(argv)
+    images = options.images(args)
+    steps = images.steps_per_epoch(args.batch_size)
+    memory = {name: memory_of(name, images, args) for name in tqdm(args.optimizers, "measuring memory", leave=False)}
+    deadline = math.inf if args.time_budget is None else started + args.time_budget
+    curves = train(images, args, deadline)
+    summary = summarize(curves, steps, args.epochs)
+    methods = {
+        name: {"label": METHODS[name].label, "peak_memory_bytes": memory[name], **summary[name]} for name in curves
+    }
+    result = report.header("train", images.label, args)
+    result |= {"steps_per_epoch": steps, "methods": methods, "curves": curves}
+    stem = f"train_{args.data}_{args.device}"
+    report.save(result, args.output, stem)
+    plots.accuracy_over_time(result, args.output / f"{stem}_time.svg")
+    plots.accuracy_over_cost(result, args.output / f"{stem}_cost.svg")
+    print(report.train_table(result))
+    print(f"\nWritten to {args.output}: {stem}.json, {stem}_time.svg, {stem}_cost.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""The benchmarks run end to end, and what they rest on (data, networks, statistics, tables) is right."""
+
+import io
+import json
+import pickle
+import tarfile
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import data, models, report, step_cost, train
+from benchmarks.measure import Stopwatch, peak_memory, ratio, spread
+from benchmarks.methods import METHODS, Settings, trainer
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(lr=0.05, momentum=0.9, weight_decay=5e-4, rho=0.05, beta=0.6, gamma=0.5)
+
+
+def load(name, file=None):
+    return data.load(name, file, CPU, torch.contiguous_format)
+
+
+# Data.
+
+
+def smooth_images(n, seed):
+    """RGB images that JPEG keeps almost as they are."""
+    corners = np.random.default_rng(seed).integers(0, 256, (n, 2, 2, 3), np.uint8)
+    return np.stack([np.asarray(Image.fromarray(c).resize((32, 32), Image.Resampling.BILINEAR)) for c in corners])
+
+
+@pytest.fixture
+def cifar_folder(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        pixels = smooth_images(4, seed=i).transpose(0, 3, 1, 2).reshape(4, -1)
+        (folder / name).write_bytes(pickle.dumps({b"data": pixels, b"labels": [i, 1, 2, 3]}, protocol=2))
+    return folder
+
+
+def test_cifar_from_its_folder_and_its_archive(cifar_folder, tmp_path):
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(cifar_folder, cifar_folder.name)
+    for images in load("cifar10", cifar_folder), load("cifar10", archive):
+        assert images.label == "CIFAR-10"
+        assert images.train_images.shape == (20, 3, 32, 32)
+        assert images.train_labels[::4].tolist() == [0, 1, 2, 3, 4]
+        expected = torch.from_numpy(smooth_images(4, seed=5).transpose(0, 3, 1, 2))
+        assert torch.equal(images.test_images, expected)
+        assert images.test_labels.tolist() == [5, 1, 2, 3]
+
+
+def test_a_pickle_that_would_run_code_is_refused(cifar_folder):
+    (cifar_folder / "test_batch").write_bytes(pickle.dumps({b"data": print}))
+    with pytest.raises(pickle.UnpicklingError, match="print does not belong"):
+        load("cifar10", cifar_folder)
+
+
+def test_cifar_from_a_pack_of_jpeg_files(tmp_path):
+    pack = {"classes": np.array(["cat", "dog"])}
+    for split, n in ("train", 6), ("test", 3):
+        files = []
+        for image in smooth_images(n, seed=n):
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "JPEG", quality=95)
+            files.append(buffer.getvalue())
+        pack[f"{split}_jpeg"] = np.frombuffer(b"".join(files), np.uint8)
+        pack[f"{split}_offsets"] = np.cumsum([0, *map(len, files)])
+        pack[f"{split}_labels"] = np.arange(n, dtype=np.uint8)
+    np.savez_compressed(tmp_path / "pack.npz", **pack)
+    images = load("cifar10", tmp_path / "pack.npz")
+    assert images.label == "CIFAR-10 (JPEG copy)"
+    expected = torch.from_numpy(smooth_images(6, seed=6).transpose(0, 3, 1, 2))
+    assert (images.train_images.int() - expected.int()).abs().float().mean() < 4
+    assert images.test_labels.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("name", "file"), [("cifar10", None), ("cifar10", "nowhere"), ("digits", "nowhere")])
+def test_a_missing_or_needless_file_is_refused(tmp_path, name, file):
+    with pytest.raises(ValueError, match="--data-file"):
+        load(name, file and tmp_path / file)
+
+
+def test_augmentation_is_a_crop_of_the_padded_image_or_of_its_mirror():
+    images = torch.arange(1, 64 * 3 * 32 * 32 + 1).view(64, 3, 32, 32)  # no two pixels are equal, none is the filling
+    augmented = data.augment(images, 4, True, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
+    offsets, mirrored = set(), 0
+    for before, after in zip(padded, augmented):
+        crops = [(y, x, before[:, y : y + 32, x : x + 32]) for y in range(9) for x in range(9)]
+        found = [
+            (y, x, flip)
+            for y, x, crop in crops
+            for flip in (0, 1)
+            if torch.equal(crop.flip(2) if flip else crop, after)
+        ]
+        assert len(found) == 1
+        offsets.add(found[0][:2])
+        mirrored += found[0][2]
+    assert len(offsets) > 30
+    assert 16 < mirrored < 48
+
+
+def test_batches_are_shuffled_normalized_and_the_same_for_the_same_seed():
+    images = load("digits")
+    epochs = [list(images.train_batches(128, torch.Generator().manual_seed(seed))) for seed in (0, 0, 1)]
+    assert [len(epoch) for epoch in epochs] == [images.steps_per_epoch(128)] * 3 == [7] * 3
+    pixels = torch.cat([inputs for inputs, _ in epochs[0]])
+    assert pixels.shape == (896, 1, 8, 8)
+    assert abs(pixels.mean()) < 0.2  # the shift loses a little ink
+    assert 0.8 < pixels.std() < 1.1
+    labels = [torch.cat([targets for _, targets in epoch]) for epoch in epochs]
+    assert torch.equal(labels[0], labels[1])
+    assert not torch.equal(labels[0], labels[2])
+    assert sum(len(targets) for _, targets in images.test_batches(100)) == 797
+
+
+# Networks.
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "tensors"),
+    [("resnet18", 11_173_962, 62), ("wrn28_10", 36_479_194, None), ("small", None, None)],
+)
+def test_networks_have_the_published_sizes(name, parameters, tensors):
+    with torch.device("meta"):
+        model = models.build(name)
+        assert model(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+    assert parameters in (None, sum(param.numel() for param in model.parameters()))
+    assert tensors in (None, len(list(model.parameters())))
+
+
+def test_networks_start_from_the_weights_of_their_seed():
+    one, same, other = (models.build("small", width=4, seed=seed) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters()))
+    assert not torch.equal(one.head.weight, other.head.weight)
+
+
+# Methods.
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_in_every_precision(name, amp):
+    model = models.build("small", width=4, channels=1)
+    method = trainer(name, model, replace(SETTINGS, lr=0.3, amp=amp), CPU)
+    images = load("digits")
+    inputs, targets = next(images.train_batches(64, torch.Generator().manual_seed(0)))
+    losses = [method.step(inputs, targets).item() for _ in range(20)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert model.features[1].num_batches_tracked > 0
+    assert all(param.dtype == torch.float32 for param in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["sgd", "sam", "esam"])
+def test_fp16_skips_a_step_that_overflows_and_backs_off(name):
+    model = models.build("small", width=4, channels=1)
+    method = trainer(name, model, replace(SETTINGS, amp=torch.float16), CPU)
+    method.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    before = [param.clone() for param in model.parameters()]
+    method.step(torch.randn(8, 1, 8, 8), torch.arange(8))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert method.scaler.get_scale() == 2.0**99
+
+
+# Measurements.
+
+
+def test_spread_and_ratio_of_known_timings():
+    assert spread([3.0, 1.0, 2.0, 5.0, 4.0]) == (3.0, 2.0, 4.0)
+    # A disturbance that meets both, such as one that doubles each time, leaves the ratio alone.
+    base = [2.0**i for i in range(9)]
+    assert ratio([1.5 * seconds for seconds in base], base) == (1.5, 1.5, 1.5)
+    with pytest.raises(ValueError):  # noqa: PT011
+        ratio([1.0], [1.0, 2.0])
+
+
+def test_stopwatch_counts_laps_anew_after_each_reading():
+    stopwatch = Stopwatch(CPU)
+    for laps in (2, 1):
+        for _ in range(laps + 1):
+            stopwatch.mark()
+        seconds = stopwatch.laps()
+        assert len(seconds) == laps
+        assert all(0 <= lap < 1 for lap in seconds)
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    megabyte = 1 << 18  # floats
+
+    def work():
+        held = torch.empty(megabyte)
+        for _ in range(3):
+            held = held + 1  # the old and the new one
+
+    assert peak_memory(CPU, work) == pytest.approx(2 * 2**20, rel=0.01)
+
+
+# The jobs.
+
+
+def test_train_end_to_end(tmp_path, capsys):
+    train.main(["--width", "4", "--epochs", "2", "--seeds", "2", "--output", str(tmp_path)])
+    assert all(method.label in capsys.readouterr().out for method in [METHODS["esam"]])
+    result = json.loads((tmp_path / "train_digits_cpu.json").read_text())
+    assert list(result["methods"]) == list(METHODS)
+    for name, method in result["methods"].items():
+        assert [len(curve) for curve in result["curves"][name]] == [2, 2]
+        assert method["seeds"] == 2
+        assert method["peak_memory_bytes"] > 0
+        final = [curve[-1]["test_accuracy"] for curve in result["curves"][name]]
+        assert method["test_accuracy_mean"] == pytest.approx(sum(final) / 2)
+    assert result["methods"]["sgd"]["time_over_sgd"]["median"] == 1
+    assert result["settings"]["rho"] == 0.05
+    assert str(tmp_path) not in json.dumps(result)
+    for plot in ("time", "cost"):
+        assert 1_000 < (tmp_path / f"train_digits_cpu_{plot}.svg").stat().st_size < 150_000
+
+
+def test_a_time_budget_stops_at_an_epoch_and_says_so(tmp_path, capsys):
+    arguments = ["--width", "4", "--optimizers", "sgd", "esam", "--time-budget", "0", "--output", str(tmp_path)]
+    train.main(arguments)
+    assert "stopped by the time budget after 1 of 40 epochs" in capsys.readouterr().out
+    result = json.loads((tmp_path / "train_digits_cpu.json").read_text())
+    assert {name: len(curves) for name, curves in result["curves"].items()} == {"sgd": 1, "esam": 1}
+
+
+def test_seeds_that_were_not_finished_do_not_count_for_accuracy():
+    epochs = [{"seconds": 1.0, "test_accuracy": accuracy} for accuracy in (10.0, 90.0, 20.0)]
+    summary = train.summarize({"sgd": [epochs[:2], epochs[2:]]}, steps=10, epochs=2)["sgd"]
+    assert (summary["seeds"], summary["epochs"], summary["test_accuracy_mean"]) == (1, 2, 90.0)
+    assert summary["seconds_per_step"]["median"] == 0.1
+
+
+def test_bf16_rows_are_left_out_or_refused_under_amp(capsys):
+    assert train.parse_args(["--amp", "bf16"]).optimizers == ["sgd", "sam", "esam"]
+    with pytest.raises(SystemExit):
+        train.parse_args(["--amp", "bf16", "--optimizers", "sgd", "esam-bf16"])
+    assert "leave out esam-bf16" in capsys.readouterr().err
+
+
+def test_defaults_follow_the_paper_unless_given():
+    args = train.parse_args(["--data", "cifar10", "--model", "wrn28_10", "--lr", "0.2"])
+    assert (args.rho, args.beta, args.gamma, args.weight_decay, args.epochs, args.lr) == (0.1, 0.5, 0.5, 1e-3, 200, 0.2)
+    args = train.parse_args(["--data", "cifar10"])
+    assert (args.model, args.rho, args.beta, args.gamma, args.batch_size) == ("resnet18", 0.05, 0.6, 0.5, 128)
+
+
+def test_step_cost_end_to_end(tmp_path, capsys):
+    step_cost.main(
+        ["--model", "small", "--width", "4", "--batch-size", "16", "--rounds", "2", "--output", str(tmp_path)]
+    )
+    assert "times the sum of its parts" in capsys.readouterr().out
+    result = json.loads((tmp_path / "step_cost_cpu.json").read_text())
+    assert list(result["methods"]) == list(METHODS)
+    assert list(result["parts"])[-1] == "sum of the parts"
+    assert len(result["parts"]) == 8
+    assert 0.8 < result["steering"]["cosine"] <= 1
+    assert 0.5 <= result["steering"]["overlap"] <= 1
+
+
+def test_the_parts_are_the_step():
+    """From the same weights with the same draws, the parts leave the weights that ESAM leaves."""
+    whole, parts = (
+        trainer(name, models.build("small", width=8, channels=1), SETTINGS, CPU) for name in ("esam", "sgd")
+    )
+    images, weights = load("digits"), list(parts.model.parameters())
+    for step, (inputs, targets) in enumerate(images.train_batches(128, torch.Generator().manual_seed(0))):
+        whole.step(inputs, targets)
+        drawn = step_cost.drawn(weights, SETTINGS, step)
+        assert len(list(step_cost.parts_of_step(parts, inputs, targets, drawn))) == 7
+        assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), weights))
+
+
+# The report.
+
+
+def test_the_readme_is_rewritten_between_its_markers(tmp_path):
+    train.main(
+        ["--width", "4", "--epochs", "1", "--seeds", "1", "--optimizers", "sgd", "esam", "--output", str(tmp_path)]
+    )
+    sections = ("train", "step_cost")
+    empty = "Title\n" + "".join(f"<!-- results:{name} -->\nold\n<!-- /results:{name} -->\ntext\n" for name in sections)
+    once = report.update(empty, tmp_path)
+    assert "old" not in once
+    assert once.startswith("Title\n<!-- results:train -->\n\n| optimizer ")
+    assert "](benchmarks/results/train_digits_cpu_time.svg)" in once
+    assert report.update(once, tmp_path) == once
+    with pytest.raises(ValueError, match="the README lacks the lines"):
+        report.update("no markers", tmp_path)
+
+
+def test_tables_line_up():
+    lines = report.table(["name", "value"], [["a", "1"], ["longer", "12.5"]]).splitlines()
+    assert all(len(a) == len(b) for a, b in pairwise(lines))
+    assert lines[1] == "| ------ | ----: |"
