@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .engines import ShardedModules
 from .rollback import Rollback
 
 P = ParamSpec("P")
@@ -18,18 +19,22 @@ R = TypeVar("R")
 class ModelState:
     """Looks after the models and devices that one step runs on."""
 
-    def __init__(self, models: Iterable[nn.Module], devices: Iterable[torch.device]) -> None:
+    def __init__(self, models: Iterable[nn.Module], params: Sequence[Tensor]) -> None:
         modules = {id(module): module for model in models for module in model.modules()}
         self._modules = list(modules.values())
         self._replicas = [module for module in self._modules if isinstance(module, DistributedDataParallel)]
-        self._devices = sorted({device for device in devices if device.type != "cpu"}, key=str)
+        self.shards = ShardedModules(self._modules, params)
+        self._params = params
+        self._devices = sorted({param.device for param in params if param.device.type != "cpu"}, key=str)
 
     def keep(self, rollback: Rollback) -> Callable[[], None]:
-        """Register buffers and random state to be put back if the step fails.
+        """Register buffers, random state and sharding to be put back if the step fails.
 
         Returns:
             The function that replays the random state.
         """
+        rollback.undo_by(self.forget_weight_copies)
+        rollback.undo_by(self.shards.abandon)
         rollback.undo_by(self.keep_buffers())
         replay = self.keep_random_state()
         rollback.undo_by(replay)
@@ -82,6 +87,9 @@ class ModelState:
     def bypass_replicas(self, rollback: Rollback) -> Callable[[], None]:
         """Call what ``DistributedDataParallel`` wraps directly, for passes whose gradients are not reduced.
 
+        Only the buffers are sent, as in a forward of its own: pass 1 begins with rank 0's, so that a step leaves on
+        every rank the buffers that a plain step would.
+
         Returns:
             The function that puts the wrappers back.
         """
@@ -92,6 +100,8 @@ class ModelState:
 
         rollback.undo_by(put_back)
         for replica in self._replicas:
+            if replica._check_sync_bufs_pre_fwd():
+                replica._sync_buffers()
             # An instance attribute hides the class's forward; not set through Module, which would register the module.
             vars(replica)["forward"] = replica.module.__call__
         return put_back
@@ -100,21 +110,28 @@ class ModelState:
         """The same function, whose forward and backward add gradients up without reducing them over the replicas."""
         for replica in self._replicas:
             function = replica.no_sync()(function)
+        return self.shards.without_reduction(function)
+
+    def low_precision(self, function: Callable[P, R], dtype: torch.dtype | None) -> Callable[P, R]:
+        """The same function under autocast to ``dtype`` on the parameters' types of devices; as it is if None."""
+        if dtype is not None:
+            for device_type in sorted({param.device.type for param in self._params}):
+                function = torch.autocast(device_type, dtype)(function)
         return function
 
+    def unsynchronized_gradients(self) -> list[Tensor]:
+        """What this rank alone has added up ``without_gradient_sync``."""
+        if self.shards:
+            return self.shards.accumulated()
+        return [param.grad for param in self._params if param.grad is not None]
 
-def forget_low_precision_weights() -> None:
-    """Clear autocast's low-precision copies of the weights: they survive in-place changes of the weights themselves."""
-    torch.clear_autocast_cache()
+    def forget_weight_copies(self) -> None:
+        """Give up copies of the weights, which survive in-place changes of the weights themselves.
 
-
-def low_precision(function: Callable[P, R], dtype: torch.dtype | None, device_types: Iterable[str]) -> Callable[P, R]:
-    """The same function under autocast to ``dtype`` on these types of devices; as it is if None."""
-    if dtype is None:
-        return function
-    for device_type in sorted(device_types):
-        function = torch.autocast(device_type, dtype)(function)
-    return function
+        They are autocast's low-precision ones, and those that FSDP2 has gathered.
+        """
+        torch.clear_autocast_cache()
+        self.shards.release()
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .closure import Closure
-from .model_state import ModelState, forget_low_precision_weights
+from .model_state import ModelState
 from .rollback import Rollback
 from .sharpness import (
     Perturbation,
@@ -19,6 +19,7 @@ from .sharpness import (
     descend,
     drawn,
     esam_backward,
+    evaluate,
     loss_scale,
     mean,
 )
@@ -240,23 +241,20 @@ class ESAM(torch.optim.Optimizer):
         if not torch.is_grad_enabled():
             raise RuntimeError("backward() was called under torch.no_grad() or inference_mode(): call it outside")
         closures = _check_closures(closure)
-        settings, step, targets, params = self._settings(), self._step, self._targets(), _params(self.param_groups)
+        settings, step, targets = self._settings(), self._step, self._targets()
         rollback = Rollback()
         try:
             rollback.open()
             rollback.undo_by(lambda: self._reset(step))
             self._phase = "backward()"
             self.zero_grad()
-            models = [self.model, *(getattr(closure, "model", None) for closure in closures)]
-            state = ModelState(  # a closure written by hand may call anything its model
-                [model for model in models if isinstance(model, nn.Module)], {param.device for param in params}
-            )
+            state = self._model_state(closures)
             if targets and step % settings.interval == 0:
-                loss = esam_backward(closures, params, targets, settings, step, state, grad_scaler, rollback)
+                loss = esam_backward(closures, targets, settings, step, state, grad_scaler, rollback)
             else:
                 state.keep(rollback)
                 everything = [None] * len(closures)
-                loss = mean(descend(closures, everything, params, state, loss_scale(grad_scaler), rollback))
+                loss = mean(descend(closures, everything, state, evaluate, loss_scale(grad_scaler), rollback))
             self._set_step(step + 1)
             self._phase = ""
             rollback.close()
@@ -295,7 +293,7 @@ class ESAM(torch.optim.Optimizer):
                 )
         if all(param.grad is None for param in _params(self.param_groups)):
             raise RuntimeError("first_step() found no gradients: call loss.backward() before it")
-        perturbation = Perturbation(settings, self._step)
+        state, perturbation = self._model_state(), Perturbation(settings, self._step)
         rollback = Rollback()
         try:
             rollback.open()
@@ -304,7 +302,7 @@ class ESAM(torch.optim.Optimizer):
             self._perturbation = perturbation
             chosen = drawn(targets, settings, self._step) if targets else []
             perturbation.apply(chosen, [check_gradient(target, target.param.grad) for target in chosen])
-            forget_low_precision_weights()
+            state.forget_weight_copies()
             rollback.close()
             if zero_grad:
                 self.zero_grad()
@@ -334,7 +332,7 @@ class ESAM(torch.optim.Optimizer):
             raise RuntimeError("there is nothing to restore: call first_step() before second_step() or restore()")
         self._perturbation.restore()
         self._perturbation = None
-        forget_low_precision_weights()
+        self._model_state().forget_weight_copies()
 
     # What stands in the parameter groups.
 
@@ -350,7 +348,11 @@ class ESAM(torch.optim.Optimizer):
         self._phase = ""
         self._set_step(step)
         self.zero_grad()
-        forget_low_precision_weights()  # they may be the perturbed ones'
+
+    def _model_state(self, closures: Sequence[Closure] = ()) -> ModelState:
+        models = [self.model, *(getattr(closure, "model", None) for closure in closures)]
+        # A closure written by hand may call anything its model.
+        return ModelState([model for model in models if isinstance(model, nn.Module)], _params(self.param_groups))
 
     def _settings(self) -> Settings:
         """The settings as they stand in the groups now, checked."""

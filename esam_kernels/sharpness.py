@@ -9,13 +9,15 @@ between the body of a block and its exit would leave the context entered.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .closure import Closure
-from .model_state import ModelState, forget_low_precision_weights, low_precision
+from .engines import local_shard, shard_offset, sum_over_shards
+from .model_state import ModelState
 from .ops.reference import SAMPLE_STREAM, element_words
 from .rollback import Rollback
 from .weight_mask import draw_tensors
@@ -79,7 +81,9 @@ class Perturbation:
         self._backups: list[Tensor] = []
 
     def apply(self, targets: Sequence[Target], grads: Sequence[Tensor | None]) -> Tensor:
-        """w <- w + e with e = (rho / beta) * m*g / (‖m*g‖ + eps), the norm being that over all targets.
+        """w <- w + e with e = (rho / beta) * m*g / (‖m*g‖ + eps), the norm being that over all targets and ranks.
+
+        Each rank moves its own shards of them.
 
         Args:
             targets: the drawn parameters.
@@ -93,11 +97,13 @@ class Perturbation:
             kind = [(t, g) for t, g in zip(targets, grads) if g is not None and t.adaptive is adaptive]
             if kind:
                 kind_targets = [t for t, _ in kind]
-                params = [t.param for t in kind_targets]
+                params = [local_shard(t.param) for t in kind_targets]
                 coefficients = [t.rho / self._settings.beta for t in kind_targets]
-                lists.append((params, [g for _, g in kind], coefficients, adaptive, self._mask(kind_targets)))
+                gradients = [local_shard(g) for _, g in kind]
+                lists.append((params, gradients, coefficients, adaptive, self._mask(kind_targets)))
         squares = [ops.squared_norm(params, gs, adaptive, mask) for params, gs, _, adaptive, mask in lists]
-        norm = torch.stack([square.to(squares[0]) for square in squares] or [torch.zeros(())]).sum().sqrt()
+        square = torch.stack([square.to(squares[0]) for square in squares] or [torch.zeros(())]).sum()
+        norm = sum_over_shards(square, [target.param for target in targets]).sqrt()
         for params, gs, coefficients, adaptive, mask in lists:
             backups = [torch.empty_like(param) for param in params]
             self._backups += backups
@@ -118,12 +124,13 @@ class Perturbation:
         if not by_element and not low_precision:
             return None
         ids = [target.tensor_id for target in targets]
-        return ops.ElementMask(self._settings.seed, self._step, ids, self._settings.beta if by_element else 1.0)
+        offsets = [shard_offset(target.param) for target in targets]
+        beta = self._settings.beta if by_element else 1.0
+        return ops.ElementMask(self._settings.seed, self._step, ids, beta, offsets)
 
 
 def esam_backward(
     closures: Sequence[Closure],
-    params: Sequence[Tensor],
     targets: Sequence[Target],
     settings: Settings,
     step: int,
@@ -135,8 +142,7 @@ def esam_backward(
 
     Args:
         closures: one for each micro-batch.
-        params: all parameters of the optimizer, whose ``.grad`` is None.
-        targets: those of them that can be perturbed; not empty.
+        targets: the parameters that can be perturbed; not empty. No parameter has a ``.grad``.
         settings: see ``ESAM``.
         step: number of the step, for its draws.
         state: what the passes must not disturb.
@@ -146,13 +152,18 @@ def esam_backward(
     Returns:
         The mean loss at w, 0-dimensional, detached, on the losses' device.
     """
-    steered = low_precision(evaluate, settings.steering_dtype, {param.device.type for param in params})
+    if state.shards and settings.select_over == "all" and len(closures) > 1:
+        raise ValueError(
+            "select_over='all' may leave out a micro-batch on one rank and not on another, where every rank has to "
+            "gather the sharded weights for it: set select_over='micro_batch'"
+        )
+    steered = state.low_precision(evaluate, settings.steering_dtype)
     replay_random_state = state.keep(rollback)
     use_replicas = state.bypass_replicas(rollback)
 
     # Pass 1, ascend: the losses at w, and the gradient of the drawn weights.
     chosen = drawn(targets, settings, step)
-    before, grads = ascend(closures, chosen, steered, loss_scale(grad_scaler), rollback)
+    before, grads = ascend(closures, chosen, state, steered, loss_scale(grad_scaler), rollback)
     put_back_buffers = state.keep_buffers()
 
     # Perturb: w <- w + e.
@@ -165,20 +176,21 @@ def esam_backward(
     after: list[Sample] = []
     if settings.gamma < 1 and settings.selection == "increase":
         replay_random_state()
-        forget_low_precision_weights()
+        state.forget_weight_copies()
         look = torch.no_grad()(steered)
-        after = [look(closure, rollback, size=len(sample.losses)) for closure, sample in zip(closures, before)]
+        sizes = [len(sample.losses) for sample in before]
+        after = [look(closure, rollback, size=size, graph=False) for closure, size in zip(closures, sizes)]
     use_replicas()
 
     # Pass 3, descend: the gradient of the selected samples at w + e, for all weights.
     indices = select(before, after, settings, step)
-    descend(closures, indices, params, state, loss_scale(grad_scaler, norm), rollback)
+    descend(closures, indices, state, evaluate, loss_scale(grad_scaler, norm), rollback)
     for target in targets:
         check_gradient(target, target.param.grad)
 
     perturbation.restore()
     put_back_buffers()
-    forget_low_precision_weights()
+    state.forget_weight_copies()
     return mean(before)
 
 
@@ -193,13 +205,27 @@ def drawn(targets: Sequence[Target], settings: Settings, step: int) -> list[Targ
 def ascend(
     closures: Sequence[Closure],
     targets: Sequence[Target],
+    state: ModelState,
     evaluate: Callable[..., Sample],
     scale: Scale,
     rollback: Rollback,
 ) -> tuple[list[Sample], list[Tensor | None]]:
     """The losses at w, and the gradients of the targets alone, up to a common factor: only their direction matters."""
-    forget_low_precision_weights()
-    params = [target.param for target in targets]
+    ascend_on = ascend_on_shards if state.shards else ascend_on_replica
+    samples, grads = ascend_on([target.param for target in targets], closures, state, evaluate, scale, rollback)
+    return samples, [check_gradient(target, grad) for target, grad in zip(targets, grads)]
+
+
+def ascend_on_replica(
+    params: Sequence[Tensor],
+    closures: Sequence[Closure],
+    state: ModelState,
+    evaluate: Callable[..., Sample],
+    scale: Scale,
+    rollback: Rollback,
+) -> tuple[list[Sample], list[Tensor | None]]:
+    """The gradient of this rank's own samples, as the SAM paper has it for data parallelism."""
+    state.forget_weight_copies()
     samples: list[Sample] = []
     grads: list[Tensor | None] = [None] * len(params)
     for closure in closures:
@@ -211,7 +237,28 @@ def ascend(
         # Not in place: autograd may return one tensor for two parameters, or a view that repeats an element.
         grads = [b if a is None else a if b is None else a + b for a, b in zip(grads, found)]
         del sample, loss, found  # the graph, with its activations, before the next one is built
-    return samples, [check_gradient(target, grad) for target, grad in zip(targets, grads)]
+    return samples, grads
+
+
+def ascend_on_shards(
+    params: Sequence[Tensor],
+    closures: Sequence[Closure],
+    state: ModelState,
+    evaluate: Callable[..., Sample],
+    scale: Scale,
+    rollback: Rollback,
+) -> tuple[list[Sample], list[Tensor | None]]:
+    """The gradient of all ranks' samples, of which each rank gets its shards, by a backward into ``.grad`` alone."""
+    put_back = state.shards.train_only(params, rollback)
+    # These parameters may all be unused in a micro-batch: its losses have no graph then, and it no backward.
+    evaluate = partial(evaluate, graph=False)
+    samples = descend(closures, [None] * len(closures), state, evaluate, scale, rollback)
+    state.shards.abandon()  # what a last micro-batch without a backward has left unreduced
+    put_back()
+    grads = [param.grad for param in params]
+    for param in params:
+        param.grad = None
+    return samples, grads
 
 
 def select(before: Sequence[Sample], after: Sequence[Sample], settings: Settings, step: int) -> list[Tensor | None]:
@@ -249,13 +296,16 @@ def random_scores(losses: Tensor, micro_batch: int, settings: Settings, step: in
 def descend(
     closures: Sequence[Closure],
     indices: Sequence[Tensor | None],
-    params: Sequence[Tensor],
     state: ModelState,
+    evaluate: Callable[..., Sample],
     scale: Scale,
     rollback: Rollback,
 ) -> list[Sample]:
-    """Accumulate in ``.grad`` the gradient of the weighted mean over the rows ``indices`` of the micro-batches."""
-    forget_low_precision_weights()
+    """Accumulate in ``.grad`` the gradient of the weighted mean over the rows ``indices`` of the micro-batches.
+
+    It is synchronized at the end: the mean over the ranks of each one's mean.
+    """
+    state.forget_weight_copies()
     work = [(closure, index) for closure, index in zip(closures, indices) if index is None or len(index) > 0]
     samples: list[Sample] = []
 
@@ -263,10 +313,12 @@ def descend(
         seen = sum(sample.total_weight for sample in samples)
         sample = evaluate(closure, rollback, index)
         total = seen + sample.total_weight
-        grads = [param.grad for param in params if param.grad is not None]
+        grads = state.unsynchronized_gradients()
         if grads:  # a running mean, since how much weight is still to come is not known
             torch._foreach_mul_(grads, seen / divisor(total))
-        rollback.interruptible(scale(sample.weighted_sum / divisor(total)).backward)
+        loss = scale(sample.weighted_sum / divisor(total))
+        if loss.requires_grad:
+            rollback.interruptible(loss.backward)
         samples.append(sample.detach())
 
     for closure, index in work[:-1]:
@@ -300,12 +352,21 @@ def loss_scale(grad_scaler: torch.amp.GradScaler | None, norm: Tensor | None = N
     return lambda loss: grad_scaler.scale(loss * poison.to(loss.device))
 
 
-def evaluate(closure: Closure, rollback: Rollback, index: Tensor | None = None, size: int | None = None) -> Sample:
+def evaluate(
+    closure: Closure, rollback: Rollback, index: Tensor | None = None, size: int | None = None, graph: bool = True
+) -> Sample:
     """Call the closure for the rows in ``index`` (None: all of them), and check what it returns.
+
+    Args:
+        closure: of one micro-batch.
+        rollback: lets signals through.
+        index: the rows.
+        size: how many losses there must be, if it is known.
+        graph: whether the losses must have a graph.
 
     Raises:
         TypeError: if it does not return a tensor, or two.
-        ValueError: if the losses are not a floating tensor of shape [b] with a graph, or the weights do not fit.
+        ValueError: if the losses are not a floating tensor of shape [b], have no graph, or the weights do not fit.
     """
     size = size if index is None else len(index)
     result = rollback.interruptible(closure, index)
@@ -329,7 +390,7 @@ def evaluate(closure: Closure, rollback: Rollback, index: Tensor | None = None, 
             f"the closure returned {len(losses)} losses for {'a batch' if size is None else size} samples: "
             "closure(index) is to return the losses of the rows in index, and closure(None) always the same batch"
         )
-    if torch.is_grad_enabled() and not losses.requires_grad:
+    if graph and not losses.requires_grad:
         raise ValueError("the closure returned losses without a graph: compute them from the parameters, not detached")
     if weights is not None and (weights.shape != losses.shape or weights.is_complex()):
         raise ValueError(
