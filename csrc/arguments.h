@@ -59,7 +59,7 @@ inline bool is_dense(const Tensor& tensor) {
 // Whether two tensors count their elements alike in memory; strides of dimensions of size 1 are moot.
 inline bool have_same_layout(const Tensor& a, const Tensor& b) {
   const auto sizes = a.sizes(), strides = a.strides(), other_strides = b.strides();
-  if (sizes != b.sizes()) return false;
+  if (!sizes.equals(b.sizes())) return false;
   for (size_t d = 0; d < sizes.size(); ++d) {
     if (sizes[d] > 1 && strides[d] != other_strides[d]) return false;
   }
