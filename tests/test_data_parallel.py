@@ -3,11 +3,8 @@
 Both processes run every scenario in one go, since starting them is what takes long; the tests look at the results.
 """
 
-import traceback
-from datetime import timedelta
-from pathlib import Path
-
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from networks import batches, cross_entropy, grads, mlp, perturbed, same, values
@@ -188,34 +185,10 @@ SCENARIOS = {
 }
 
 
-def process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store, patience = f"file://{folder}/store", timedelta(seconds=20)  # a rank that waits in vain fails
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=patience)
-    results = {}
-    for name, (scenario, options) in SCENARIOS.items():
-        try:
-            results[name] = scenario(rank, **options)
-        except Exception:
-            results[name] = traceback.format_exc()
-            break  # the ranks are out of step
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """For each scenario, what the two ranks returned."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(process, (str(folder),), nprocs=WORLD)
-    ranks = [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(WORLD)]
-
-    def of(name):
-        for rank in ranks:
-            assert not isinstance(rank.get(name, "an earlier scenario failed"), str), rank.get(name)
-        return [rank[name] for rank in ranks]
-
-    return of
+    return ranks.run(__name__, WORLD, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", TRAINING)

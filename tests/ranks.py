@@ -1,0 +1,42 @@
+"""Starts the processes of a distributed test, which run its scenarios in one go, and collects what they return."""
+
+import importlib
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def process(rank: int, module: str, backend: str, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    store, patience = f"file://{folder}/store", timedelta(seconds=20)  # a rank that waits in vain fails
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=world, timeout=patience)
+    results: dict[str, Any] = {}
+    for name, (scenario, options) in importlib.import_module(module).SCENARIOS.items():
+        try:
+            results[name] = scenario(rank, **options)
+        except Exception:
+            results[name] = traceback.format_exc()
+            break  # the ranks are out of step
+    torch.save(results, f"{folder}/{rank}.pt")
+    if dist.is_initialized():  # the last scenario may have left
+        dist.destroy_process_group()
+
+
+def run(module: str, world: int, folder: Path, backend: str = "gloo") -> Callable[[str], list[Any]]:
+    """Run the SCENARIOS of a module, a function and its options by name; returned is what each rank made of a name."""
+    torch.multiprocessing.spawn(process, (module, backend, world, str(folder)), nprocs=world)
+    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+    def of(name: str) -> list[Any]:
+        for rank in ranks:
+            assert not isinstance(rank.get(name, "an earlier scenario failed"), str), rank.get(name)
+        return [rank[name] for rank in ranks]
+
+    return of
