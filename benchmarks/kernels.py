@@ -107,6 +107,29 @@ def perturb(shapes: Shapes, device: str) -> Case:
     }
 
 
+def norm_and_perturb(shapes: Shapes, device: str) -> Case:
+    """Foreach: the same two in a row; "foreach, scale on the host" waits for the norm, and adds without a product."""
+    params, grads, backups, count = _tensors(shapes, device)
+
+    def ours() -> None:
+        norm = ops.squared_norm(params, grads).sqrt()
+        ops.perturb_(params, grads, backups, [0.05] * len(params), norm)
+
+    def foreach(on_host: bool) -> None:
+        scale = 0.05 / (torch.stack(torch._foreach_norm(grads)).norm() + 1e-12)
+        torch._foreach_copy_(backups, params)
+        if on_host:
+            torch._foreach_add_(params, grads, alpha=scale.item())
+        else:
+            torch._foreach_add_(params, torch._foreach_mul(grads, scale))
+
+    return 20 * count, {
+        "esam_kernels": ours,
+        "foreach": partial(foreach, on_host=False),
+        "foreach, scale on the host": partial(foreach, on_host=True),
+    }
+
+
 def perturb_masked(shapes: Shapes, device: str) -> Case:
     """Foreach: a Bernoulli mask for each tensor, then as without one."""
     params, grads, backups, count = _tensors(shapes, device)
@@ -150,9 +173,9 @@ def _compiled(call: Callable[[], Any], shapes: Shapes) -> Callable[[], Any] | No
 def cases(device: str, models: Iterable[str]) -> Iterable[tuple[str, str, Callable[[], Case]]]:
     """Operator, what it works on, and what makes its case."""
     for model in models:
-        for operator in (squared_norm, perturb, perturb_masked, restore):
+        for operator in (squared_norm, perturb, norm_and_perturb, perturb_masked, restore):
             yield operator.__name__, model, partial(operator, MODELS[model], device)
-    for samples in (128, 4096, 16384):
+    for samples in (64, 128, 1024, 4096, 16384):
         yield "select_top", f"{samples} samples", partial(select_top, samples, device)
 
 
@@ -238,7 +261,7 @@ def main() -> None:
         result["operators"].append({"operator": operator, "on": subject, **row})
         for who, numbers in row["rivals"].items():
             print(
-                f"{operator:>15} {subject:>14} {who:>14} {numbers['us']:>10.1f} us"
+                f"{operator:>15} {subject:>14} {who:>26} {numbers['us']:>10.1f} us"
                 f" {numbers['share_of_copy_bandwidth']:>7.1%} of a copy {numbers['launches'] or '':>6}",
                 flush=True,
             )
