@@ -35,7 +35,6 @@ def accuracy_over_time(result: dict[str, Any], path: Path) -> None:
         bottom = max(0, min(100 - 5 * (100 - min(final)), max(final) - 1))
         ax.set_ylim(bottom, max(final) + 0.1 * (max(final) - bottom))
         ax.set(xlabel="training time, seconds", ylabel="test accuracy, %")
-        ax.legend(loc="lower right")
 
 
 def accuracy_over_cost(result: dict[str, Any], path: Path) -> None:
@@ -57,7 +56,6 @@ def accuracy_over_cost(result: dict[str, Any], path: Path) -> None:
             )
         unit = "times SGD's" if "sgd" in result["methods"] else "seconds"
         ax.set(xlabel=f"time of a step, {unit}", ylabel="test accuracy, %")
-        ax.legend(loc="best")
 
 
 def _title(result: dict[str, Any]) -> str:
@@ -81,4 +79,5 @@ def _axes(path: Path, title: str) -> Iterator[Axes]:
         ax = figure.subplots()
         ax.set_title(title, loc="left")
         yield ax
+        figure.legend(loc="outside lower center", ncols=3)
         figure.savefig(path, metadata={"Date": None})

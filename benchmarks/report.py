@@ -108,15 +108,13 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def update(readme: str, results: Path) -> str:
     """The README with everything between its ``results:`` markers made anew from the JSON files in ``results``."""
     sections: dict[str, list[str]] = {"train": [], "step_cost": []}
-    for path in sorted(results.glob("*.json")):
-        result = json.loads(path.read_text())
-        if result["benchmark"] == "train":
-            plots = [
-                f"![{plot.stem}](benchmarks/results/{plot.name})" for plot in sorted(results.glob(f"{path.stem}_*.svg"))
-            ]
-            sections["train"].append("\n\n".join([train_table(result), *plots]))
-        else:
-            sections["step_cost"].append(step_cost_table(result))
+    for path in sorted(results.glob("train_*.json")):
+        plots = [
+            f"![{plot.stem}](benchmarks/results/{plot.name})" for plot in sorted(results.glob(f"{path.stem}_*.svg"))
+        ]
+        sections["train"].append("\n\n".join([train_table(json.loads(path.read_text())), *plots]))
+    for path in sorted(results.glob("step_cost_*.json")):
+        sections["step_cost"].append(step_cost_table(json.loads(path.read_text())))
     for name, parts in sections.items():
         begin, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
         before, found_begin, rest = readme.partition(begin)
