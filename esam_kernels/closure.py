@@ -1,7 +1,8 @@
 """From a model, a loss function and a batch to the closure that ``ESAM.backward`` calls."""
 
 import copy
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections import UserDict
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -116,8 +117,8 @@ def _map_rows(
         return function(value, path)
     if isinstance(value, Mapping):
         taken = {key: _map_rows(item, f"{path}.{key}", shared, function, seen) for key, item in value.items()}
-        if type(value) is dict or not isinstance(value, MutableMapping):
-            return taken
+        if type(value) is dict or not isinstance(value, dict | UserDict):
+            return taken  # how to copy a mapping of another kind is not known
         mapping = copy.copy(value)  # its own type, such as the Transformers library's BatchEncoding
         for key, item in taken.items():
             mapping[key] = item

@@ -46,7 +46,12 @@ class ModelState:
         Values, since batch norm's updates do not show in version counters. Buffers that a module replaces by other
         tensors become the old tensors again.
         """
-        kept = [(module, name, buffer) for module in self._modules for name, buffer in module._buffers.items()]
+        kept = [
+            # What was made under inference_mode cannot be written: a copy takes its place.
+            (module, name, buffer.clone() if buffer is not None and buffer.is_inference() else buffer)
+            for module in self._modules
+            for name, buffer in module._buffers.items()
+        ]
         # Nothing can write into a buffer whose elements share memory (an expanded constant): it needs no copy. One that
         # is None may be made by the next forward.
         written = [buffer for _, _, buffer in kept if buffer is not None and not _overlaps(buffer)]
@@ -57,6 +62,9 @@ class ModelState:
             for module, name, buffer in kept:
                 if module._buffers.get(name) is not buffer:
                     module._buffers[name] = buffer
+            for buffer, value in zip(written, values):
+                if buffer.shape != value.shape:  # as observers do
+                    buffer.resize_(value.shape)
             for group, copies in zip(_by_dtype(written), _by_dtype(values)):
                 torch._foreach_copy_(group, copies)
 

@@ -1,6 +1,7 @@
 """ESAM as a ``torch.optim.Optimizer``: arguments, parameter groups, state, and the two halves of a step."""
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .closure import Closure
+from .engines import local_shard
 from .model_state import ModelState
+from .ops.reference import is_dense
 from .rollback import Rollback
 from .sharpness import (
     Perturbation,
@@ -122,6 +125,8 @@ class ESAM(torch.optim.Optimizer):
         _check_options(options)
         _check_base(base, options)
         if isinstance(base, torch.optim.Optimizer):
+            if STEP in base.defaults:
+                raise ValueError(f"this {type(base).__name__} is the base of another ESAM already: make a new one")
             _check_same_params(params, base)
             if base_options:
                 raise ValueError(f"{next(iter(base_options))} cannot be set: the base optimizer is made already")
@@ -132,17 +137,20 @@ class ESAM(torch.optim.Optimizer):
             base = base(params, **base_options)
             keys = {name: name for name in options}
         settings = {keys[name]: value for name, value in options.items()}
+        # What a group says of itself holds, unless another ESAM said it, whose checkpoint the base has loaded.
+        groups = [settings if STEP in group else {**settings, **group} for group in base.param_groups]
+        groups = [{key: group[key] for key in settings} for group in groups]
         _check_not_empty(_params(base.param_groups))
-        _check_groups([{**settings, **group} for group in base.param_groups], keys)
+        _check_groups([{**group, **own_settings} for group, own_settings in zip(base.param_groups, groups)], keys)
+        _check_storage(_params(base.param_groups))
         self.base = base
         self.model = model
         self._keys = keys
         self._phase = ""  # what is under way, for error messages
         self._perturbation: Perturbation | None = None  # between first_step() and second_step()
         base.defaults.update(settings)
-        for group in base.param_groups:
-            for key, value in settings.items():
-                group.setdefault(key, value)
+        for group, own_settings in zip(base.param_groups, groups):
+            group.update(own_settings)
 
     # One truth: the base optimizer's.
 
@@ -203,12 +211,22 @@ class ESAM(torch.optim.Optimizer):
         self.base.add_param_group({**shared, **param_group})
         try:
             _check_groups(self.param_groups, self._keys)
+            _check_storage(_params(self.param_groups))
         except ValueError:
             self.param_groups.pop()
             raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of all parameters, as the base optimizer does."""
+        """Clear the gradients of all parameters, as the base optimizer does.
+
+        Raises:
+            RuntimeError: during ``backward``, which has done it, and would lose those of earlier micro-batches.
+        """
+        if self._phase:
+            raise RuntimeError(
+                f"zero_grad() was called during {self._phase}, which does it itself: a closure returns losses, and has "
+                "no backward() or zero_grad() of its own"
+            )
         self.base.zero_grad(set_to_none)
 
     # A step: a sharpness-aware backward, and an ordinary step.
@@ -247,7 +265,7 @@ class ESAM(torch.optim.Optimizer):
             rollback.open()
             rollback.undo_by(lambda: self._reset(step))
             self._phase = "backward()"
-            self.zero_grad()
+            self.base.zero_grad()
             state = self._model_state(closures)
             if targets and step % settings.interval == 0:
                 loss = esam_backward(closures, targets, settings, step, state, grad_scaler, rollback)
@@ -259,8 +277,8 @@ class ESAM(torch.optim.Optimizer):
             self._phase = ""
             rollback.close()
             return loss
-        except BaseException:
-            rollback.roll_back()
+        except BaseException as error:
+            rollback.roll_back(error)
             raise
 
     def step(self, closure: Any = None) -> Any:
@@ -306,8 +324,8 @@ class ESAM(torch.optim.Optimizer):
             rollback.close()
             if zero_grad:
                 self.zero_grad()
-        except BaseException:
-            rollback.roll_back()
+        except BaseException as error:
+            rollback.roll_back(error)
             raise
 
     def second_step(self, zero_grad: bool = False) -> None:
@@ -347,7 +365,7 @@ class ESAM(torch.optim.Optimizer):
     def _reset(self, step: int) -> None:
         self._phase = ""
         self._set_step(step)
-        self.zero_grad()
+        self.base.zero_grad()
 
     def _model_state(self, closures: Sequence[Closure] = ()) -> ModelState:
         models = [self.model, *(getattr(closure, "model", None) for closure in closures)]
@@ -431,6 +449,21 @@ def _check_groups(groups: list[dict[str, Any]], keys: dict[str, str]) -> None:
                     f"a parameter of shape {list(param.shape)} is {param.dtype}: ESAM takes real parameters; "
                     "torch.view_as_real gives such a one"
                 )
+
+
+def _check_storage(params: Sequence[Tensor]) -> None:
+    """Refuse parameters that share elements: the backup of one would hold the perturbed elements of the other."""
+    spans = []
+    for param in map(local_shard, params):
+        if param.numel() > 0 and is_dense(param):
+            spans.append((param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), list(param.shape)))
+    spans.sort(key=lambda span: span[:2])
+    for (_, end, shape), (start, _, other) in itertools.pairwise(spans):
+        if start < end:
+            raise ValueError(
+                f"parameters of shapes {shape} and {other} share memory: to tie weights, use one Parameter in both "
+                "places"
+            )
 
 
 def _check_not_empty(params: Any) -> None:

@@ -22,8 +22,8 @@ class Rollback:
             ...  # rollback.undo_by(...), rollback.interruptible(...)
             rollback.close()
             return result
-        except BaseException:
-            rollback.roll_back()
+        except BaseException as error:
+            rollback.roll_back(error)
             raise
 
     It is a ``try`` and not a ``with`` block, since an exception can land between the body of a ``with`` block and the
@@ -68,11 +68,13 @@ class Rollback:
         finally:
             self._holding = True
 
-    def roll_back(self) -> None:
-        """Undo everything, the last change first."""
+    def roll_back(self, error: BaseException) -> None:
+        """Undo everything, the last change first; what cannot be undone is noted on the error, which stays the one."""
         self._holding = True
         try:
             self._undo.close()
+        except Exception as failure:
+            error.add_note(f"esam_kernels could not undo all of the step: {failure!r}")
         finally:
             self.close()
 

@@ -7,6 +7,7 @@ between the body of a block and its exit would leave the context entered.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -65,6 +66,13 @@ class Sample:
     def weighted_sum(self) -> Tensor:
         """The sum of the losses, each times its weight."""
         return (self.losses if self.weights is None else self.losses * self.weights).sum()
+
+    def rows(self, index: Tensor | None) -> "Sample":
+        """Some of the micro-batch; all of it if None."""
+        if index is None:
+            return self
+        weights = None if self.weights is None else self.weights.index_select(0, index)
+        return Sample(self.losses.index_select(0, index), weights)
 
     def detach(self) -> "Sample":
         """The same without the graph."""
@@ -170,6 +178,7 @@ def esam_backward(
     perturbation = Perturbation(settings, step)
     rollback.undo_by(perturbation.restore)
     norm = perturbation.apply(chosen, grads)
+    missed = [target for target, grad in zip(chosen, grads) if grad is None]
     grads.clear()
 
     # Pass 2, look: the losses at w + e, with the random numbers of pass 1. Only the increase is selected by it.
@@ -184,9 +193,11 @@ def esam_backward(
 
     # Pass 3, descend: the gradient of the selected samples at w + e, for all weights.
     indices = select(before, after, settings, step)
-    descend(closures, indices, state, evaluate, loss_scale(grad_scaler, norm), rollback)
-    for target in targets:
+    total = sum(sample.rows(index).total_weight for sample, index in zip(before, indices))
+    descend(closures, indices, state, evaluate, loss_scale(grad_scaler, norm), rollback, total)
+    for target in targets:  # the drawn ones were checked in pass 1; what is refused must not depend on the draw
         check_gradient(target, target.param.grad)
+    check_reached(chosen, missed)
 
     perturbation.restore()
     put_back_buffers()
@@ -271,6 +282,10 @@ def select(before: Sequence[Sample], after: Sequence[Sample], settings: Settings
     else:
         high = low if settings.selection == "loss" else [random_scores(x, i, settings, step) for i, x in enumerate(low)]
         low = [torch.zeros_like(x) for x in high]
+    for i, sample in enumerate(before):
+        if sample.weights is not None:  # what has no weight, such as rows of padding, comes last
+            padding = sample.weights == 0
+            low[i], high[i] = low[i].masked_fill(padding, 0), high[i].masked_fill(padding, -math.inf)
     if settings.select_over == "micro_batch" or len(before) == 1:
         return [ops.select_top(a, b, count(settings.gamma, len(a))) for a, b in zip(low, high)]
     sizes = [len(x) for x in low]
@@ -300,10 +315,12 @@ def descend(
     evaluate: Callable[..., Sample],
     scale: Scale,
     rollback: Rollback,
+    total: Tensor | int | None = None,
 ) -> list[Sample]:
     """Accumulate in ``.grad`` the gradient of the weighted mean over the rows ``indices`` of the micro-batches.
 
-    It is synchronized at the end: the mean over the ranks of each one's mean.
+    It is synchronized at the end: the mean over the ranks of each one's mean. ``total`` is the weight of all these
+    rows, if it is known.
     """
     state.forget_weight_copies()
     work = [(closure, index) for closure, index in zip(closures, indices) if index is None or len(index) > 0]
@@ -312,11 +329,13 @@ def descend(
     def accumulate(closure: Closure, index: Tensor | None) -> None:
         seen = sum(sample.total_weight for sample in samples)
         sample = evaluate(closure, rollback, index)
-        total = seen + sample.total_weight
-        grads = state.unsynchronized_gradients()
-        if grads:  # a running mean, since how much weight is still to come is not known
-            torch._foreach_mul_(grads, seen / divisor(total))
-        loss = scale(sample.weighted_sum / divisor(total))
+        weight = total
+        if weight is None:  # how much is still to come: what is there becomes a running mean
+            weight = seen + sample.total_weight
+            grads = state.unsynchronized_gradients()
+            if grads:
+                torch._foreach_mul_(grads, seen / divisor(weight))
+        loss = scale(sample.weighted_sum / divisor(weight))
         if loss.requires_grad:
             rollback.interruptible(loss.backward)
         samples.append(sample.detach())
@@ -413,3 +432,26 @@ def check_gradient(target: Target, grad: Tensor | None) -> Tensor | None:
             "be perturbed: make its layer with sparse=False, or give its parameter group rho=0"
         )
     return grad
+
+
+def check_reached(chosen: Sequence[Target], missed: Sequence[Target]) -> None:
+    """Refuse a first pass that found none of the gradients that the last pass found: SAM would silently be SGD.
+
+    Args:
+        chosen: the drawn parameters.
+        missed: those of them without a gradient in the first pass.
+
+    Raises:
+        RuntimeError: if all were missed that have a gradient now; a warning says it if some were.
+    """
+    late = [target for target in missed if target.param.grad is not None]
+    if not late:
+        return
+    message = (
+        f"{len(late)} of {len(chosen)} drawn parameters got a gradient in the last pass of the step but none in the "
+        "first, so they were not perturbed: torch.autograd.grad did not reach them. If the model uses "
+        "torch.utils.checkpoint, give it use_reentrant=False"
+    )
+    if len(missed) == len(chosen):
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=2)
