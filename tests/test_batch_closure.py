@@ -1,6 +1,7 @@
 """A closure made from any batch gives the losses of the rows asked for, and refuses what has no rows."""
 
 from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import MutableMapping
 
 import pytest
 import torch
@@ -195,3 +196,29 @@ def test_any_nesting_keeps_its_structure(nested, index):
             assert whole is part
 
     check(nested, taken)
+
+
+def test_a_mapping_of_another_kind_is_not_written_to():
+    class Proxy(MutableMapping):
+        def __init__(self, items):
+            self.items_ = items
+
+        def __getitem__(self, key):
+            return self.items_[key]
+
+        def __setitem__(self, key, value):
+            self.items_[key] = value
+
+        def __delitem__(self, key):
+            del self.items_[key]
+
+        def __iter__(self):
+            return iter(self.items_)
+
+        def __len__(self):
+            return len(self.items_)
+
+    batch = Proxy({"x": rows(8, 4)})
+    kept = batch["x"]
+    call(batch)
+    assert batch["x"] is kept

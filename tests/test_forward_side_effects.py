@@ -346,3 +346,42 @@ def test_an_autocast_inside_the_closure_overrides_steering():
 
     optimizer_of(model, steering_dtype=BF16).backward(closure)
     assert seen == [FP32] * 3
+
+
+class Observer(nn.Module):
+    """Its buffer is made to fit in place by a forward, as those of torch.ao's observers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.seen.resize_(len(x)).copy_(x[:, 0])
+        return x
+
+
+def test_a_buffer_that_a_forward_resizes_is_put_back():
+    model = mlp(Observer())
+    closure = batch_closure(model, cross_entropy, *batches(1)[0])
+    optimizer = optimizer_of(model)
+    optimizer.backward(closure)
+    assert len(model[1].seen) == 8  # as pass 1 left it, not pass 3
+
+    def failing(index):
+        closure(index)
+        raise KeyboardInterrupt
+
+    model[1].seen.resize_(0)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.backward(failing)
+
+
+def test_a_buffer_that_was_made_under_inference_mode_is_kept():
+    """As a cached constant is, if the first forward was a validation's."""
+    model = mlp(Constant())
+    with torch.inference_mode():
+        model[1].register_buffer("cached", torch.full((8,), 0.5))
+    model[1].register_forward_hook(lambda module, _, x: x + module.cached)
+    optimizer_of(model).backward(batch_closure(model, cross_entropy, *batches(1)[0]))
+    assert torch.equal(model[1].cached, torch.full((8,), 0.5))

@@ -364,3 +364,83 @@ def works(model: nn.Module, optimizer: ESAM) -> None:
     after = values(model)
     assert not same(before, after)
     assert all(value.isfinite().all() for value in after)
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(1, 3)], ids=["whole", "part"])
+def test_parameters_that_share_memory(part):
+    """The backup of one would hold the perturbed elements of the other."""
+    weight = torch.ones(4)
+    a, b = nn.Parameter(weight), nn.Parameter(weight[part])
+    with pytest.raises(ValueError, match=r"share memory.*one Parameter"):
+        ESAM([a, b], torch.optim.SGD, lr=0.1)
+    optimizer = ESAM([a], torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match=r"share memory.*one Parameter"):
+        optimizer.add_param_group({"params": [b]})
+    assert len(optimizer.param_groups) == 1
+    ESAM([nn.Parameter(weight[:2]), nn.Parameter(weight[2:])], torch.optim.SGD, lr=0.1)  # neighbours are fine
+
+
+def test_a_base_that_is_wrapped_twice():
+    base = torch.optim.SGD(mlp().parameters(), lr=0.1)
+    ESAM(None, base, rho=0.2)
+    with pytest.raises(ValueError, match="SGD is the base of another ESAM"):
+        ESAM(None, base, rho=0.4)
+    assert base.param_groups[0]["rho"] == 0.2
+
+
+def test_a_base_that_has_loaded_a_checkpoint_of_esam_takes_the_new_settings():
+    model = mlp()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    base.load_state_dict(sgd(mlp(), rho=0.2, gamma=0.3).state_dict())
+    group = ESAM(None, base, rho=0.4).param_groups[0]
+    assert (group["rho"], group["gamma"]) == (0.4, 0.5)
+
+
+def test_zero_grad_in_a_closure():
+    """It would lose the gradients of the micro-batches before it."""
+    model = mlp()
+    optimizer = sgd(model)
+
+    def closure(index):
+        optimizer.zero_grad()
+        return cross_entropy(model(INPUTS), TARGETS)
+
+    refused(
+        model, optimizer, RuntimeError, r"zero_grad\(\) was called during backward.*closure returns losses", closure
+    )
+
+
+class Checkpointed(nn.Module):
+    """Reentrant activation checkpointing, in which torch.autograd.grad finds the gradient of no weight inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        # As a custom function whose backward runs another backward: torch's own refuses torch.autograd.grad by itself.
+        return Reentrant.apply(inputs.requires_grad_(), self.inner)
+
+
+class Reentrant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs, module):
+        ctx.module = module
+        ctx.save_for_backward(inputs)
+        return module(inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            ctx.module(ctx.saved_tensors[0].detach()).backward(grad)
+        return None, None
+
+
+def test_a_first_pass_that_reaches_no_weight():
+    model = Checkpointed()
+    optimizer = sgd(model)
+    before = values(model)
+    with pytest.raises(RuntimeError, match=r"none in the first.*use_reentrant=False"):
+        optimizer.backward(batch_closure(model, cross_entropy, INPUTS, TARGETS))
+    assert same(values(model), before)
+    assert grads(model) == [None] * 6

@@ -1,5 +1,6 @@
 """Pass 3 sees exactly k = max(1, floor(gamma * b)) rows: those whose loss the perturbation raised most."""
 
+import itertools
 import math
 
 import pytest
@@ -216,16 +217,15 @@ def test_a_micro_batch_of_no_weight_adds_nothing(empty, rho):
         torch.testing.assert_close(many, one, rtol=1e-8, atol=1e-12)
 
 
-def test_selected_rows_of_no_weight_give_no_gradient_rather_than_nan():
+@pytest.mark.parametrize("gamma", [0.25, 1.0])
+def test_a_batch_of_no_weight_gives_no_gradient_rather_than_nan(gamma):
     model = network()
-    weights = torch.ones(SIZE, dtype=torch.float64)
-    weights[3] = 0
 
     def loss_fn(outputs, targets):
-        return cross_entropy(outputs, targets[0]).where(targets[1] > 0, 5.0), targets[1]
+        return cross_entropy(outputs, targets[0]), targets[1]
 
-    closure = batch_closure(model, loss_fn, INPUTS, (TARGETS, weights))
-    backward(model, closure, gamma=1 / SIZE, selection="loss")
+    weights = torch.zeros(SIZE, dtype=torch.float64)
+    backward(model, batch_closure(model, loss_fn, INPUTS, (TARGETS, weights)), gamma=gamma)
     assert all((param.grad == 0).all() for param in model.parameters())
 
 
@@ -237,3 +237,33 @@ def test_the_gradient_is_that_of_the_selected_rows_at_the_perturbed_weights():
     cross_entropy(there(INPUTS[index]), TARGETS[index]).mean().backward()
     for mine, theirs in zip(grads(model), grads(there)):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("selection", ["increase", "loss", "random"])
+def test_rows_of_no_weight_are_selected_last(selection):
+    model, seen = network(), []
+    weights = torch.ones(16)
+    weights[::2] = 0
+    closure = spy(model, [], spoil=lambda losses: losses)
+
+    def weighted(index):
+        seen.append(index)
+        return closure(index), weights if index is None else weights[index]
+
+    backward(model, weighted, selection=selection, gamma=0.25)
+    assert weights[seen[-1]].all()
+
+
+def test_micro_batches_add_up_for_parameters_of_another_optimizer_too():
+    model = network()
+    body, head = model[0], model[-1]
+    optimizer = ESAM(body.parameters(), torch.optim.SGD, lr=0.1, gamma=1)
+    found = []
+    for cuts in ([0, 16], [0, 11, 16]):
+        head.zero_grad()
+        optimizer.backward(
+            [batch_closure(model, cross_entropy, INPUTS[i:j], TARGETS[i:j]) for i, j in itertools.pairwise(cuts)]
+        )
+        found.append(head.weight.grad.clone())
+        optimizer.param_groups[0]["esam_step"] = 0  # the same draws
+    torch.testing.assert_close(*found)
