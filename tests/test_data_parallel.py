@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from networks import batches, cross_entropy, grads, mlp, perturbed, same, values
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from esam_kernels import ESAM, batch_closure
@@ -73,6 +74,8 @@ TRAINING = {
     },
     # PyTorch learns a static graph from its first backward, which is not to be one without reduction.
     "micro-batches and a static graph": {"sizes": [4, 8], "first": [12], "ddp": {"static_graph": True}},
+    "uneven batches": {"sizes": [[12], [5]]},
+    "uneven micro-batches": {"sizes": [[4, 8], [5, 4]]},
     "gamma 1": {"esam": {"gamma": 1.0}},
     "by element": {"esam": {"granularity": "element"}},
     "interval": {"esam": {"interval": 2}},
@@ -88,7 +91,8 @@ def training(rank: int, ddp=(), esam=(), network=network, sizes=(12,), first=Non
     start = values(replica)
     for step, batch in enumerate(data(rank)):
         split = first if first and step == 0 else sizes
-        optimizer.step(closures_of(replica, batch, list(split), by_hand))
+        split = split[rank] if isinstance(split[0], list) else split
+        optimizer.step(closures_of(replica, [part[: sum(split)] for part in batch], list(split), by_hand))
     return start, [param.detach() for param in replica.parameters()]
 
 
@@ -175,6 +179,60 @@ def overflow(rank: int):
     return same(before, [param.detach() for param in replica.parameters()]), scaler.get_scale()
 
 
+def buffers(rank: int, sizes: list[int]):
+    """Those that ESAM leaves and those that plain training leaves; batch norm sees the data itself, not the weights."""
+    found = []
+    for plain in (False, True):
+        torch.manual_seed(rank)
+        replica = replicate(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).double())
+        optimizer = optimizer_of(replica)
+        for batch in data(rank, 4):
+            closures = closures_of(replica, batch, sizes)
+            if not plain:
+                optimizer.backward(closures)
+                continue
+            for closure in closures[:-1]:
+                replica.no_sync()(lambda closure=closure: closure(None).mean().backward())()
+            closures[-1](None).mean().backward()
+        found.append([buffer.clone() for buffer in replica.buffers()])
+    return found
+
+
+def zero(rank: int):
+    """The optimizer's state in parts, each on one rank, against the whole on each."""
+    found = []
+    for base, options in (
+        (ZeroRedundancyOptimizer, {"optimizer_class": torch.optim.AdamW}),
+        (torch.optim.AdamW, {}),
+    ):
+        replica = replicate(network())
+        optimizer = ESAM(replica.parameters(), base, lr=0.01, rho=0.5, **options)
+        for batch in data(rank):
+            optimizer.step(closures_of(replica, batch, [12]))
+        found.append([param.detach() for param in replica.parameters()])
+    return found
+
+
+def a_rank_that_leaves(rank: int):
+    """Its group is gone, as if it had been killed, while the other waits for its gradients in pass 3."""
+    replica = replicate(mlp(dtype=torch.float64))
+    closure, calls = batch_closure(replica, cross_entropy, *data(rank)[0]), 0
+    before = values(replica)
+
+    def leaving(index):
+        nonlocal calls
+        calls += 1
+        if calls == 3 and rank == 1:
+            dist.destroy_process_group()
+            raise InterruptedError
+        return closure(index)
+
+    leaving.model = replica
+    with pytest.raises((RuntimeError, InterruptedError)):
+        optimizer_of(replica).backward(leaving)
+    return same(before, values(replica)), any(g is not None for g in grads(replica))
+
+
 SCENARIOS = {
     **{f"training, {name}": (training, options) for name, options in TRAINING.items()},
     **{f"gradient, {name}": (gradient, {"sizes": sizes}) for name, sizes in SIZES.items()},
@@ -182,6 +240,9 @@ SCENARIOS = {
     "communication, plain": (communication, {"sizes": [4, 8], "rho": 0.0}),
     **{f"failure {when}": (failure, {"when": when}) for when in (1, 2, 3)},
     "overflow": (overflow, {}),
+    **{f"buffers, {name}": (buffers, {"sizes": sizes}) for name, sizes in SIZES.items()},
+    "zero": (zero, {}),
+    "a rank that leaves": (a_rank_that_leaves, {}),  # the last one: nothing works after it
 }
 
 
@@ -231,8 +292,8 @@ def test_only_the_last_backward_of_pass_3_communicates(results, name):
         assert len(before) == {"one batch": 3, "micro-batches": 6, "plain": 2}[name]
         assert {count[0] for count in before} == {0}
         assert reduced > 0
-        if name != "plain":  # pass 3's own broadcast of buffers comes with its forward
-            assert {count[1] for count in before[: 2 * len(SIZES[name]) + 1]} == {0}
+        if name != "plain":  # buffers, once before pass 1; pass 3's own broadcast comes with its forward
+            assert {count[1] for count in before[: 2 * len(SIZES[name]) + 1]} == {1}
 
 
 @pytest.mark.parametrize("when", [1, 2, 3])
@@ -247,3 +308,20 @@ def test_a_failed_step_leaves_the_replica_as_it_was(results, when):
 
 def test_an_overflow_on_one_rank_skips_the_step_on_all(results):
     assert results("overflow") == [(True, 512.0)] * WORLD
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_buffers_are_those_of_plain_training(results, name):
+    """Rank 0's reach the others with every step."""
+    for found, expected in results(f"buffers, {name}"):
+        assert same(found, expected)
+
+
+def test_zero_redundancy_optimizer_as_the_base(results):
+    (found, expected), (others, _) = results("zero")
+    assert same(found, expected)
+    assert same(found, others)
+
+
+def test_a_rank_that_leaves_takes_no_weights_with_it(results):
+    assert results("a rank that leaves") == [(True, False)] * WORLD
