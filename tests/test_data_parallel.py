@@ -210,7 +210,10 @@ def zero(rank: int):
         for batch in data(rank):
             optimizer.step(closures_of(replica, batch, [12]))
         found.append([param.detach() for param in replica.parameters()])
-    return found
+        if base is ZeroRedundancyOptimizer:
+            optimizer.consolidate_state_dict(to=0)
+            state = optimizer.state_dict() if rank == 0 else None
+    return found, state
 
 
 def a_rank_that_leaves(rank: int):
@@ -318,9 +321,11 @@ def test_buffers_are_those_of_plain_training(results, name):
 
 
 def test_zero_redundancy_optimizer_as_the_base(results):
-    (found, expected), (others, _) = results("zero")
+    ((found, expected), state), ((others, _), _) = results("zero")
     assert same(found, expected)
     assert same(found, others)
+    assert state["param_groups"][0]["esam_step"] == STEPS
+    assert len(state["state"]) == len(found)  # after consolidate_state_dict(), of all ranks' parts
 
 
 def test_a_rank_that_leaves_takes_no_weights_with_it(results):
