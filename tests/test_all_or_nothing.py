@@ -5,13 +5,15 @@ import pathlib
 import random
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import esam_kernels
 from esam_kernels import ESAM, batch_closure
@@ -27,7 +29,9 @@ class PlantedError(Exception):
 class Setup:
     """A small network with everything that a step could disturb, and an optimizer on it."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, scaler: bool = False, **options: Any) -> None:
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, scaler: bool = False, sharded: bool = False, **options: Any
+    ) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(
             nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)),
@@ -35,6 +39,9 @@ class Setup:
             nn.Dropout(0.3),
             nn.Linear(8, 3),
         ).to(dtype)
+        if sharded:
+            fully_shard(self.model[3])
+            fully_shard(self.model)
         inputs, targets = torch.randn(16, 6, dtype=dtype), torch.randint(3, (16,))
         self.scaler = torch.amp.GradScaler("cpu") if scaler else None
         self.optimizer = ESAM(
@@ -171,6 +178,18 @@ def check_every_place(options: dict[str, Any], act: Callable[[], None], raised: 
 @pytest.mark.parametrize("name", SETUPS)
 def test_an_exception_at_any_line(name: str) -> None:
     check_every_place(SETUPS[name], plant, PlantedError)
+
+
+@pytest.fixture
+def one_rank(tmp_path: pathlib.Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_an_exception_at_any_line_of_a_sharded_step() -> None:
+    check_every_place({"sharded": True}, plant, PlantedError)
 
 
 @pytest.mark.parametrize("name", ["esam", "base step"])
