@@ -1,6 +1,6 @@
 """Each operator over the parameter lists of real models, beside what one would write without this library.
 
-``python -m benchmarks.kernels`` writes benchmarks/results/kernels-<device>.json;
+``python -m benchmarks.kernels`` writes benchmarks/results/kernels_<device>.json;
 ``pytest benchmarks/kernels.py --benchmark-enable`` times our side alone, to compare two commits.
 
 The rivals of an operator run in turns with it, so that all see the same machine; times are medians. On a GPU a time is
@@ -250,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS] if device == "cuda" else ["ResNet-18"])
     parser.add_argument("--repeats", type=int, default=50 if device == "cuda" else 11)
-    parser.add_argument("--out", type=Path, default=RESULTS / f"kernels-{device}.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"kernels_{device}.json")
     arguments = parser.parse_args()
 
     served = ops.explain(torch.zeros(1, device=device))
