@@ -455,7 +455,7 @@ def _check_storage(params: Sequence[Tensor]) -> None:
     """Refuse parameters that share elements: the backup of one would hold the perturbed elements of the other."""
     spans = []
     for param in map(local_shard, params):
-        if param.numel() > 0 and is_dense(param):
+        if param.numel() > 0 and param.device.type != "meta" and is_dense(param):
             spans.append((param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), list(param.shape)))
     spans.sort(key=lambda span: span[:2])
     for (_, end, shape), (start, _, other) in itertools.pairwise(spans):

@@ -378,6 +378,7 @@ def test_parameters_that_share_memory(part):
         optimizer.add_param_group({"params": [b]})
     assert len(optimizer.param_groups) == 1
     ESAM([nn.Parameter(weight[:2]), nn.Parameter(weight[2:])], torch.optim.SGD, lr=0.1)  # neighbours are fine
+    ESAM(nn.Linear(2, 2, device="meta").parameters(), torch.optim.SGD, lr=0.1)  # and what has no memory yet
 
 
 def test_a_base_that_is_wrapped_twice():
