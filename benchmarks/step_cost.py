@@ -21,7 +21,7 @@ from tqdm import trange
 from esam_kernels import ops
 from esam_kernels.weight_mask import draw_tensors
 
-from . import data, options, report
+from . import data, options, record, tables
 from .measure import Stopwatch, ratio, spread
 from .methods import METHODS, Settings, Trainer, per_sample_loss, trainer
 
@@ -188,9 +188,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
     images = large_images(args)
-    result = report.header("step_cost", images.label, args) | summarize(measure(args, images))
-    report.save(result, args.output, f"step_cost_{args.device}")
-    print(report.step_cost_table(result))
+    result = record.header("step_cost", images.label, args) | summarize(measure(args, images))
+    record.save(result, args.output, f"step_cost_{args.device}")
+    print(tables.step_cost(result))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from . import data, options, plots, report
+from . import data, options, plots, record, tables
 from .measure import Stopwatch, peak_memory, ratio, spread
 from .methods import BF16_ON_ITS_OWN, METHODS, trainer
 
@@ -161,13 +161,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     methods = {
         name: {"label": METHODS[name].label, "peak_memory_bytes": memory[name], **summary[name]} for name in curves
     }
-    result = report.header("train", images.label, args)
+    result = record.header("train", images.label, args)
     result |= {"steps_per_epoch": steps, "methods": methods, "curves": curves}
     stem = f"train_{args.data}_{args.device}"
-    report.save(result, args.output, stem)
+    record.save(result, args.output, stem)
     plots.accuracy_over_time(result, args.output / f"{stem}_time.svg")
     plots.accuracy_over_cost(result, args.output / f"{stem}_cost.svg")
-    print(report.train_table(result))
+    print(tables.train(result))
     print(f"\nWritten to {args.output}: {stem}.json, {stem}_time.svg, {stem}_cost.svg")
 
 

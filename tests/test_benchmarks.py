@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import data, models, report, step_cost, train
+from benchmarks import data, models, report, step_cost, tables, train
 from benchmarks.measure import Stopwatch, peak_memory, ratio, spread
 from benchmarks.methods import METHODS, Settings, trainer
 
@@ -298,6 +298,6 @@ def test_the_readme_is_rewritten_between_its_markers(tmp_path):
 
 
 def test_tables_line_up():
-    lines = report.table(["name", "value"], [["a", "1"], ["longer", "12.5"]]).splitlines()
+    lines = tables.table(["name", "value"], [["a", "1"], ["longer", "12.5"]]).splitlines()
     assert all(len(a) == len(b) for a, b in pairwise(lines))
     assert lines[1] == "| ------ | ----: |"
