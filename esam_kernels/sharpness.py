@@ -264,7 +264,7 @@ def ascend_on_shards(
     # These parameters may all be unused in a micro-batch: its losses have no graph then, and it no backward.
     evaluate = partial(evaluate, graph=False)
     samples = descend(closures, [None] * len(closures), state, evaluate, scale, rollback)
-    state.shards.abandon()  # what a last micro-batch without a backward has left unreduced
+    state.shards.reduce_rest()
     put_back()
     grads = [param.grad for param in params]
     for param in params:
