@@ -208,10 +208,31 @@ def ascend(
         loss = scale(sample.weighted_sum / divisor(samples[0].total_weight))
         # Not backward(): that would fill .grad, fire the hooks on it, and compute the gradients of all weights.
         found = rollback.interruptible(torch.autograd.grad, loss, params, allow_unused=True)
+        if any(grad is None for grad in found):
+            check_graph(loss)
         # Not in place: autograd may return one tensor for two parameters, or a view that repeats an element.
         grads = [b if a is None else a if b is None else a + b for a, b in zip(grads, found)]
         del sample, loss, found  # the graph, with its activations, before the next one is built
     return samples, [check_gradient(target, grad) for target, grad in zip(targets, grads)]
+
+
+def check_graph(loss: Tensor) -> None:
+    """Tell parameters that the loss does not depend on from those that reentrant checkpoints hide from its graph.
+
+    Raises:
+        RuntimeError: if there is a reentrant checkpoint.
+    """
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            if node.name() == "CheckpointFunctionBackward":
+                raise RuntimeError(
+                    "the model uses reentrant activation checkpointing, which hides the gradients of single weights: "
+                    "give torch.utils.checkpoint.checkpoint use_reentrant=False"
+                )
 
 
 def select(before: Sequence[Sample], after: Sequence[Sample], settings: Settings, step: int) -> list[Tensor | None]:
