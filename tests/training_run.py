@@ -1,4 +1,4 @@
-"""A training run that can be killed: ``python training_run.py FOLDER`` trains until then, from the last checkpoint on."""
+"""A training run that can be killed: ``python training_run.py FOLDER`` goes on from the last checkpoint."""
 
 import os
 import signal
