@@ -236,8 +236,8 @@ class ESAM(torch.optim.Optimizer):
         """
         if self._progress.phase:
             raise RuntimeError(
-                f"zero_grad() was called during {self._progress.phase}, which does it itself: a closure returns losses, and has "
-                "no backward() or zero_grad() of its own"
+                f"zero_grad() was called during {self._progress.phase}, which does it itself: a closure returns "
+                "losses, and has no backward() or zero_grad() of its own"
             )
         self.base.zero_grad(set_to_none)
 

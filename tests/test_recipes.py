@@ -2,12 +2,16 @@
 
 import copy
 import math
+import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
+import torch.distributed as dist
 from networks import same, values
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -242,6 +246,60 @@ def test_from_davda54_sam():
         optimizer.step(batch_closure(model, recipe["loss_fn"], *batch))
     for mine, theirs in zip(recipe["model"].parameters(), model.parameters()):
         torch.testing.assert_close(mine, theirs)
+
+
+# Many processes: each of two runs the recipe on its own half of the batches.
+
+
+def share(rank: int, recipe: Recipe) -> list[tuple[Tensor, Tensor]]:
+    return list(recipe["loader"])[rank::2]
+
+
+def data_parallel(rank: int):
+    recipe = Recipe("DistributedDataParallel")
+    recipe.names["loader"] = share(rank, recipe)
+    recipe.run().check_trained(BATCHES // 2)
+    return [param.detach() for param in recipe["model"].parameters()]
+
+
+def sharded(rank: int):
+    folder = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(folder)
+    os.chdir(folder[0])
+    layers = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(DEVICE)
+    recipe = Recipe("FSDP2", model=layers)
+    recipe.names["loader"] = share(rank, recipe)
+    train, save, load = recipe.blocks
+    recipe.run(train, save)
+    assert recipe.steps() == BATCHES // 2
+    saved = [param.full_tensor().detach() for param in recipe["model"].parameters()]
+    recipe.run(train[train.index("for inputs") :])
+    later = [param.full_tensor().detach() for param in recipe["model"].parameters()]
+    recipe.run(load)
+    assert recipe.steps() == BATCHES // 2
+    return saved, later, [param.full_tensor().detach() for param in recipe["model"].parameters()]
+
+
+SCENARIOS = {"data parallel": (data_parallel, {}), "sharded": (sharded, {})}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # two ranks may not share a GPU
+        return ranks.run(__name__, 2, tmp_path_factory.mktemp("ranks"))
+
+
+def test_distributed_data_parallel(results):
+    one, other = results("data parallel")
+    assert same(one, other)
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="needs torch 2.13")
+def test_fsdp2(results):
+    for saved, later, loaded in results("sharded"):
+        assert same(loaded, saved)
+        assert not same(later, saved)
 
 
 # Trainers, on handwritten digits.

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from networks import batches, cross_entropy, same
+from ranks import device
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,12 +23,10 @@ from esam_kernels import ESAM, batch_closure
 from esam_kernels.engines import ShardedModules
 from esam_kernels.weight_mask import draw_tensors
 
+pytestmark = pytest.mark.skipif(torch.__version__ < (2, 13), reason="needs torch 2.13")
+
 STEPS = 5
 SEED = 5
-
-
-def device() -> str:
-    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
