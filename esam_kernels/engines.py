@@ -1,8 +1,8 @@
 """FSDP2: parameters that ``torch.distributed.fsdp.fully_shard`` has split over the ranks, and the passes over them.
 
 Nothing of it is imported here: it takes a second, and there are no such parameters before somebody has imported it.
-Apart from its public methods this uses FSDP2's lazy initialization and the places where it keeps gradients that are not
-reduced yet; ``ShardedModules`` has all of it.
+Apart from its public methods this uses FSDP2's lazy initialization, the end of its backward, and the places where it
+keeps gradients that are not reduced yet; ``ShardedModules`` has all of it.
 """
 
 import sys
@@ -130,6 +130,13 @@ class ShardedModules:
         kept = [param.unsharded_accumulated_grad for param in self._params()]
         whole = [param._unsharded_param.grad for param in self._params() if hasattr(param, "_unsharded_param")]
         return [grad for grad in (*kept, *whole) if grad is not None]
+
+    def reduce_rest(self) -> None:
+        """Reduce what is left of earlier micro-batches after a last one that had no backward."""
+        if self.accumulated():
+            for state in self._states:
+                if state._is_root:
+                    state._root_post_backward_final_callback()
 
     def without_reduction(self, function: Callable[P, R]) -> Callable[P, R]:
         """The same function, whose backward adds gradients up on each rank without reducing them."""

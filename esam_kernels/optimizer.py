@@ -4,6 +4,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +39,18 @@ def _of_base(name: str) -> Any:
         lambda self, value: setattr(self.base, name, value),
         lambda self: delattr(self.base, name),
     )
+
+
+@dataclass
+class _Progress:
+    """How far a step has come. An object of its own, since Lightning wraps optimizers into subclasses of theirs.
+
+    Methods then run on the wrapper, which reads its attributes from the optimizer but keeps those that it sets.
+    """
+
+    phase: str = ""  # what is under way, for error messages
+    perturbation: Perturbation | None = None  # between first_step() and second_step()
+    has_gradient: bool = False  # between backward() and step()
 
 
 class ESAM(torch.optim.Optimizer):
@@ -146,8 +159,7 @@ class ESAM(torch.optim.Optimizer):
         self.base = base
         self.model = model
         self._keys = keys
-        self._phase = ""  # what is under way, for error messages
-        self._perturbation: Perturbation | None = None  # between first_step() and second_step()
+        self._progress = _Progress()
         base.defaults.update(settings)
         for group, own_settings in zip(base.param_groups, groups):
             group.update(own_settings)
@@ -168,7 +180,7 @@ class ESAM(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_idle("copying or pickling the optimizer")
-        names = ("base", "model", "_keys", "_phase", "_perturbation")
+        names = ("base", "model", "_keys", "_progress")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -222,10 +234,10 @@ class ESAM(torch.optim.Optimizer):
         Raises:
             RuntimeError: during ``backward``, which has done it, and would lose those of earlier micro-batches.
         """
-        if self._phase:
+        if self._progress.phase:
             raise RuntimeError(
-                f"zero_grad() was called during {self._phase}, which does it itself: a closure returns losses, and has "
-                "no backward() or zero_grad() of its own"
+                f"zero_grad() was called during {self._progress.phase}, which does it itself: a closure returns "
+                "losses, and has no backward() or zero_grad() of its own"
             )
         self.base.zero_grad(set_to_none)
 
@@ -264,7 +276,7 @@ class ESAM(torch.optim.Optimizer):
         try:
             rollback.open()
             rollback.undo_by(lambda: self._reset(step))
-            self._phase = "backward()"
+            self._progress.phase = "backward()"
             self.base.zero_grad()
             state = self._model_state(closures)
             if targets and step % settings.interval == 0:
@@ -274,7 +286,8 @@ class ESAM(torch.optim.Optimizer):
                 everything = [None] * len(closures)
                 loss = mean(descend(closures, everything, state, evaluate, loss_scale(grad_scaler), rollback))
             self._set_step(step + 1)
-            self._phase = ""
+            self._progress.phase = ""
+            self._progress.has_gradient = True
             rollback.close()
             return loss
         except BaseException as error:
@@ -284,12 +297,19 @@ class ESAM(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> Any:
         """Take the base optimizer's step with the gradients in ``.grad``; with a closure, ``backward(closure)`` first.
 
+        Trainers such as Lightning give a closure without an index, which runs hooks: after ``backward`` it is called.
+
         Returns:
             What ``backward`` returns, or None.
         """
         self._require_idle("step()")
-        loss = None if closure is None else self.backward(closure)
+        loss = None
+        if callable(closure) and self._progress.has_gradient and _takes_no_index(closure):
+            closure()
+        elif closure is not None:
+            loss = self.backward(closure)
         self.base.step()
+        self._progress.has_gradient = False
         return loss
 
     # The two halves of a step as in davda54/sam, for code that is written so.
@@ -315,9 +335,9 @@ class ESAM(torch.optim.Optimizer):
         rollback = Rollback()
         try:
             rollback.open()
-            rollback.undo_by(lambda: setattr(self, "_perturbation", None))
+            rollback.undo_by(lambda: setattr(self._progress, "perturbation", None))
             rollback.undo_by(perturbation.restore)
-            self._perturbation = perturbation
+            self._progress.perturbation = perturbation
             chosen = drawn(targets, settings, self._step) if targets else []
             perturbation.apply(chosen, [check_gradient(target, target.param.grad) for target in chosen])
             state.forget_weight_copies()
@@ -346,10 +366,10 @@ class ESAM(torch.optim.Optimizer):
         Raises:
             RuntimeError: if ``first_step`` was not called before.
         """
-        if self._perturbation is None:
+        if self._progress.perturbation is None:
             raise RuntimeError("there is nothing to restore: call first_step() before second_step() or restore()")
-        self._perturbation.restore()
-        self._perturbation = None
+        self._progress.perturbation.restore()
+        self._progress.perturbation = None
         self._model_state().forget_weight_copies()
 
     # What stands in the parameter groups.
@@ -363,7 +383,8 @@ class ESAM(torch.optim.Optimizer):
             group[self._keys[STEP]] = step
 
     def _reset(self, step: int) -> None:
-        self._phase = ""
+        self._progress.phase = ""
+        self._progress.has_gradient = False
         self._set_step(step)
         self.base.zero_grad()
 
@@ -390,9 +411,9 @@ class ESAM(torch.optim.Optimizer):
         return targets
 
     def _require_idle(self, action: str) -> None:
-        if self._phase:
-            raise RuntimeError(f"{action} was called during {self._phase}: call it after it has returned")
-        if self._perturbation is not None:
+        if self._progress.phase:
+            raise RuntimeError(f"{action} was called during {self._progress.phase}: call it after it has returned")
+        if self._progress.perturbation is not None:
             raise RuntimeError(
                 f"{action} was called between first_step() and second_step(), when the weights are perturbed: "
                 "call second_step() or restore() first"
@@ -507,13 +528,19 @@ def _check_closures(closure: Closure | Sequence[Closure]) -> list[Closure]:
     for candidate in closures:
         if not callable(candidate):
             raise TypeError(f"closure is {candidate!r}: give a function closure(index), such as batch_closure makes")
-        try:
-            inspect.signature(candidate).bind(None)
-        except TypeError:
+        if _takes_no_index(candidate):
             raise TypeError(
                 "the closure takes no index: define closure(index) to return one loss for each of the batch's rows in "
                 "index (None: all of them), or use batch_closure"
-            ) from None
-        except ValueError:  # a built-in without a signature: its call will tell
-            pass
+            )
     return closures
+
+
+def _takes_no_index(closure: Any) -> bool:
+    try:
+        inspect.signature(closure).bind(None)
+    except TypeError:
+        return True
+    except ValueError:  # a built-in without a signature: its call will tell
+        pass
+    return False

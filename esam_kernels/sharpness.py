@@ -245,6 +245,8 @@ def ascend_on_replica(
         loss = scale(sample.weighted_sum / divisor(samples[0].total_weight))
         # Not backward(): that would fill .grad, fire the hooks on it, and compute the gradients of all weights.
         found = rollback.interruptible(torch.autograd.grad, loss, params, allow_unused=True)
+        if any(grad is None for grad in found):
+            refuse_reentrant_checkpoints(loss)
         # Not in place: autograd may return one tensor for two parameters, or a view that repeats an element.
         grads = [b if a is None else a if b is None else a + b for a, b in zip(grads, found)]
         del sample, loss, found  # the graph, with its activations, before the next one is built
@@ -264,12 +266,31 @@ def ascend_on_shards(
     # These parameters may all be unused in a micro-batch: its losses have no graph then, and it no backward.
     evaluate = partial(evaluate, graph=False)
     samples = descend(closures, [None] * len(closures), state, evaluate, scale, rollback)
-    state.shards.abandon()  # what a last micro-batch without a backward has left unreduced
+    state.shards.reduce_rest()
     put_back()
     grads = [param.grad for param in params]
     for param in params:
         param.grad = None
     return samples, grads
+
+
+def refuse_reentrant_checkpoints(loss: Tensor) -> None:
+    """Tell weights that the loss does not depend on from those that reentrant checkpoints hide from its graph.
+
+    Raises:
+        RuntimeError: if there is a reentrant checkpoint.
+    """
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            if node.name() == "CheckpointFunctionBackward":
+                raise RuntimeError(
+                    "the model uses reentrant activation checkpointing, which hides the gradients of single weights: "
+                    "give torch.utils.checkpoint.checkpoint use_reentrant=False"
+                )
 
 
 def select(before: Sequence[Sample], after: Sequence[Sample], settings: Settings, step: int) -> list[Tensor | None]:
@@ -449,8 +470,8 @@ def check_reached(chosen: Sequence[Target], missed: Sequence[Target]) -> None:
         return
     message = (
         f"{len(late)} of {len(chosen)} drawn parameters got a gradient in the last pass of the step but none in the "
-        "first, so they were not perturbed: torch.autograd.grad did not reach them. If the model uses "
-        "torch.utils.checkpoint, give it use_reentrant=False"
+        "first, so they were not perturbed: torch.autograd.grad did not reach them. Pass them as inputs to the "
+        "autograd.Function that uses them; if it is torch.utils.checkpoint, give that use_reentrant=False"
     )
     if len(missed) == len(chosen):
         raise RuntimeError(message)

@@ -11,6 +11,11 @@ import torch
 import torch.distributed as dist
 
 
+def device() -> str:
+    """Where a scenario's tensors are."""
+    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+
+
 def process(rank: int, module: str, backend: str, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     if backend == "nccl":
@@ -32,7 +37,7 @@ def process(rank: int, module: str, backend: str, world: int, folder: str) -> No
 def run(module: str, world: int, folder: Path, backend: str = "gloo") -> Callable[[str], list[Any]]:
     """Run the SCENARIOS of a module, a function and its options by name; returned is what each rank made of a name."""
     torch.multiprocessing.spawn(process, (module, backend, world, str(folder)), nprocs=world)
-    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    ranks = [torch.load(folder / f"{rank}.pt", "cpu", weights_only=False) for rank in range(world)]
 
     def of(name: str) -> list[Any]:
         for rank in ranks:

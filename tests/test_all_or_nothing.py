@@ -78,7 +78,7 @@ class Setup:
                 *(sorted(vars(module)) for module in self.model.modules()),
                 torch.get_rng_state(),
                 random.getstate(),
-                [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), self.optimizer._phase],
+                [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), self.optimizer._progress.phase],
                 [id(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)],
             ]
         )
@@ -283,6 +283,6 @@ def test_an_exception_at_any_line_of_restore_leaves_it_to_be_done_again() -> Non
         setup.optimizer.first_step()
         with pytest.raises(PlantedError):
             at_lines(act_once(place, plant), setup.optimizer.restore)
-        if setup.optimizer._perturbation is not None:
+        if setup.optimizer._progress.perturbation is not None:
             setup.optimizer.restore()
         assert_same(setup.snapshot(), before)

@@ -8,6 +8,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from networks import batches, cross_entropy, grads, mlp, perturbed, same, values
+from ranks import device
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +20,8 @@ STEPS = 20
 
 
 def data(rank: int, count: int = STEPS) -> list[tuple[Tensor, Tensor]]:
-    return batches(count, size=12, seed=10 + rank, dtype=torch.float64)
+    on_cpu = batches(count, size=12, seed=10 + rank, dtype=torch.float64)
+    return [(inputs.to(device()), targets.to(device())) for inputs, targets in on_cpu]
 
 
 class WithUnused(nn.Module):
@@ -36,7 +38,7 @@ def network() -> nn.Module:
 
 
 def replicate(model: nn.Module, **options) -> DistributedDataParallel:
-    return DistributedDataParallel(model, **options)
+    return DistributedDataParallel(model.to(device()), **options)
 
 
 def optimizer_of(network: nn.Module, **options) -> ESAM:
@@ -75,6 +77,7 @@ TRAINING = {
     # PyTorch learns a static graph from its first backward, which is not to be one without reduction.
     "micro-batches and a static graph": {"sizes": [4, 8], "first": [12], "ddp": {"static_graph": True}},
     "uneven batches": {"sizes": [[12], [5]]},
+    "hundreds of uneven batches": {"sizes": [[12], [5]], "steps": 300},
     "uneven micro-batches": {"sizes": [[4, 8], [5, 4]]},
     "gamma 1": {"esam": {"gamma": 1.0}},
     "by element": {"esam": {"granularity": "element"}},
@@ -83,13 +86,13 @@ TRAINING = {
 }
 
 
-def training(rank: int, ddp=(), esam=(), network=network, sizes=(12,), first=None, by_hand=False):
-    """Twenty steps with data of one's own; the start is rank 0's, as DDP has it."""
+def training(rank: int, ddp=(), esam=(), network=network, sizes=(12,), first=None, by_hand=False, steps=STEPS):
+    """Training with data of one's own; the start is rank 0's, as DDP has it."""
     torch.manual_seed(rank)
     replica = replicate(network(), **dict(ddp))
     optimizer = optimizer_of(replica, **dict(esam), model=replica if by_hand else None)
     start = values(replica)
-    for step, batch in enumerate(data(rank)):
+    for step, batch in enumerate(data(rank, steps)):
         split = first if first and step == 0 else sizes
         split = split[rank] if isinstance(split[0], list) else split
         optimizer.step(closures_of(replica, [part[: sum(split)] for part in batch], list(split), by_hand))
@@ -163,7 +166,7 @@ def failure(rank: int, when: int):
 def overflow(rank: int):
     """In pass 1 of rank 0 alone."""
     replica = replicate(network())
-    optimizer, scaler = optimizer_of(replica), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer, scaler = optimizer_of(replica), torch.amp.GradScaler(device(), init_scale=1024.0)
     closure, calls = batch_closure(replica, cross_entropy, *data(rank)[0]), 0
 
     def overflowing(index):
@@ -249,10 +252,12 @@ SCENARIOS = {
 }
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+def results(request, tmp_path_factory):
     """For each scenario, what the two ranks returned."""
-    return ranks.run(__name__, WORLD, tmp_path_factory.mktemp("ranks"))
+    if request.param == "nccl" and torch.cuda.device_count() < WORLD:
+        pytest.skip(f"NCCL needs {WORLD} GPUs for {WORLD} ranks")
+    return ranks.run(__name__, WORLD, tmp_path_factory.mktemp("ranks"), request.param)
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -1,0 +1,468 @@
+"""The code in docs/recipes.md is what runs here, on small models and data, followed by a check of what it promises."""
+
+import copy
+import math
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from networks import same, values
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from esam_kernels import ESAM, batch_closure
+
+PAGE = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+INTRODUCTION, *SECTIONS = re.split(r"^## ", PAGE, flags=re.MULTILINE)
+RECIPES = dict(section.split("\n", 1) for section in SECTIONS)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BATCHES = 8
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+class Recipe:
+    """A recipe's blocks, run one after the other in the names that the page says are there."""
+
+    def __init__(self, name: str, **names: Any) -> None:
+        torch.manual_seed(0)
+        data = TensorDataset(torch.randn(16 * BATCHES, 4).to(DEVICE), torch.randint(3, (16 * BATCHES,)).to(DEVICE))
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).to(DEVICE)
+        self.names: dict[str, Any] = {"model": model, "loader": DataLoader(data, batch_size=16), **names}
+        self.blocks = blocks(RECIPES[name])
+        self.start = copy.deepcopy(self["model"])
+        self.run(*blocks(INTRODUCTION))
+
+    def __getitem__(self, name: str) -> Any:
+        return self.names[name]
+
+    def run(self, *code: str) -> "Recipe":
+        for block in code or self.blocks:
+            exec(compile(block, "docs/recipes.md", "exec"), self.names)
+        return self
+
+    def steps(self) -> int:
+        return self["optimizer"].param_groups[0]["esam_step"]
+
+    def twin(self, **options: Any) -> tuple[nn.Module, ESAM]:
+        """The model from before the recipe, and an optimizer as the page makes it."""
+        model = copy.deepcopy(self.start)
+        options = {"lr": 0.1, "momentum": 0.9, "rho": 0.05, **options}
+        return model, ESAM(model.parameters(), torch.optim.SGD, **options)
+
+    def check_trained(self, steps: int = BATCHES) -> None:
+        assert self.steps() == steps
+        assert all(value.isfinite().all() for value in values(self["model"]))
+        assert not same(values(self["model"])[:2], values(self.start)[:2])
+
+
+def test_every_recipe_with_code_is_tested():
+    with_code = {name for name, text in RECIPES.items() if blocks(text)}
+    tested = set(re.findall(r'(?:Recipe|on_digits)\(\s*"([^"]+)"', Path(__file__).read_text()))
+    assert with_code == tested
+
+
+def test_plain_loop():
+    recipe = Recipe("Plain loop").run()
+    model, optimizer = recipe.twin()
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=BATCHES)
+    for batch in recipe["loader"]:
+        optimizer.step(batch_closure(model, recipe["loss_fn"], *batch))
+        scheduler.step()
+    assert same(values(recipe["model"]), values(model))
+    recipe.check_trained()
+
+
+def check_mixed_precision(recipe: Recipe, dtype: torch.dtype) -> None:
+    seen = set()
+    recipe["model"][0].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    recipe.run().check_trained()
+    assert seen == {dtype}
+
+
+def test_bfloat16():
+    check_mixed_precision(Recipe("Mixed precision in bfloat16"), torch.bfloat16)
+
+
+def test_float16():
+    recipe = Recipe("Mixed precision in float16")
+    check_mixed_precision(recipe, torch.float16)
+    assert recipe["scaler"].get_scale() == torch.amp.GradScaler(DEVICE).get_scale()  # nothing has overflowed
+    recipe["model"][0].weight.register_hook(lambda grad: grad * math.inf)
+    before = [param.detach().clone() for param in recipe["model"].parameters()]
+    recipe.run(recipe.blocks[0].replace("scaler = ", "scaler = scaler; "))
+    assert same(recipe["model"].parameters(), before)
+    assert recipe["scaler"].get_scale() < torch.amp.GradScaler(DEVICE).get_scale()
+
+
+def test_gradient_clipping():
+    recipe = Recipe("Gradient clipping")
+    for i, block in enumerate(recipe.blocks, 1):
+        recipe.run(block).check_trained(i * BATCHES)
+        assert nn.utils.get_total_norm([param.grad for param in recipe["model"].parameters()]) < 0.1001
+
+
+def test_gradient_accumulation():
+    recipe = Recipe("Gradient accumulation")
+    plain, with_scaler = recipe.blocks
+    recipe.run(plain).check_trained(BATCHES // 4)
+    model, optimizer = recipe.twin()
+    batches = list(recipe["loader"])
+    for start in range(0, BATCHES, 4):
+        optimizer.step([batch_closure(model, recipe["loss_fn"], *batch) for batch in batches[start : start + 4]])
+    assert same(values(recipe["model"]), values(model))
+    recipe.run(with_scaler).check_trained(2 * (BATCHES // 4))
+    assert recipe["scaler"].get_scale() == torch.amp.GradScaler(DEVICE).get_scale()  # nothing has overflowed
+
+
+def test_language_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 11)).to(DEVICE)
+    tokens = torch.randint(11, (24, 6)).to(DEVICE)
+    labels = tokens.clone()
+    for row, length in enumerate(torch.randint(1, 7, (24,)).tolist()):
+        labels[row, length:] = -100
+    loader = DataLoader(TensorDataset(tokens, labels), batch_size=8)
+    recipe = Recipe("Language models: one loss per token", model=model, loader=loader).run()
+    recipe.check_trained(3)
+    # The loss is the mean over all tokens, as cross_entropy has it by itself.
+    model, optimizer = recipe.twin()
+    loss = optimizer.backward(batch_closure(model, recipe["token_loss"], tokens, labels))
+    expected = nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(loss, expected.detach())
+
+
+def test_torch_compile(monkeypatch):
+    torch._dynamo.reset()
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend="aot_eager"))
+    recipe = Recipe("torch.compile").run()
+    recipe.check_trained()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        recipe.run(recipe.blocks[0][recipe.blocks[0].index("for ") :]).check_trained(2 * BATCHES)
+    model, optimizer = recipe.twin()
+    for batch in [*recipe["loader"]] * 2:
+        optimizer.step(batch_closure(model, recipe["loss_fn"], *batch))
+    for mine, theirs in zip(values(recipe["model"]), values(model)):
+        torch.testing.assert_close(mine, theirs)
+    torch._dynamo.reset()
+
+
+def test_averaged_weights():
+    recipe = Recipe("Averaged weights: EMA and SWA").run()
+    recipe.check_trained()
+    model, optimizer = recipe.twin()
+    average: list[Tensor] = []
+    for batch in recipe["loader"]:
+        optimizer.step(batch_closure(model, recipe["loss_fn"], *batch))
+        weights = [param.detach().clone() for param in model.parameters()]
+        average = [torch.lerp(a, w, 0.01) for a, w in zip(average, weights)] if average else weights
+    for mine, theirs in zip(recipe["averaged"].parameters(), average):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_checkpoint_and_resume():
+    dropout = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3)).to(DEVICE)
+    recipe = Recipe("Checkpoint and resume", model=dropout)
+    save, resume = recipe.blocks
+    batches = list(recipe["loader"])
+    recipe.run(save)
+
+    def go_on() -> list[Tensor]:
+        for batch in batches:
+            recipe["optimizer"].step(batch_closure(recipe["model"], recipe["loss_fn"], *batch))
+        return values(recipe["model"])
+
+    uninterrupted = go_on()
+    model, optimizer = recipe.twin(lr=7.0)
+    recipe.names.update(model=model, optimizer=optimizer)
+    recipe.run(resume)
+    assert same(go_on(), uninterrupted)
+
+
+def test_activation_checkpointing():
+    recipe = Recipe("Activation checkpointing").run()
+    model, optimizer = recipe.twin()
+    for batch in recipe["loader"]:
+        optimizer.step(batch_closure(model, recipe["loss_fn"], *batch))
+    # Not batch norm's statistics: checkpointing computes its forward twice, in ordinary training too.
+    assert same(recipe["model"].parameters(), model.parameters())
+
+
+@pytest.mark.parametrize("checkpointed", ["all layers", "all but the first"])
+def test_reentrant_activation_checkpointing_is_refused(checkpointed):
+    """PyTorch refuses it where a drawn weight stands before a checkpoint; otherwise it would find no gradients."""
+    recipe = Recipe("Activation checkpointing")
+    # Without an input that requires a gradient, this kind would give the first layer none in any training.
+    recipe.names["loader"] = [(inputs.requires_grad_(), targets) for inputs, targets in recipe["loader"]]
+    recipe["optimizer"].param_groups[0]["beta"] = 1.0
+    reentrant = recipe.blocks[0].replace("use_reentrant=False", "use_reentrant=True")
+    if checkpointed == "all but the first":
+        reentrant = reentrant.replace("in self.layers", "in self.layers[1:]")
+        reentrant = reentrant.replace("        for layer", "        x = self.layers[0](x)\n        for layer")
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        recipe.run(reentrant)
+    assert same(values(recipe["model"]), values(recipe.start))
+    assert all(param.grad is None for param in recipe["model"].parameters())
+
+
+def test_a_rho_for_each_group():
+    recipe = Recipe("A rho for each parameter group")
+    moved: set[int] = set()
+    start = [param.detach().clone() for param in recipe["model"].parameters()]
+
+    def watch(module, inputs):
+        if recipe.names["optimizer"].param_groups[0]["esam_step"] == 0:
+            params = list(recipe["model"].parameters())
+            moved.update(i for i, (now, before) in enumerate(zip(params, start)) if not torch.equal(now, before))
+
+    recipe["model"].register_forward_pre_hook(watch)
+    recipe.run().check_trained()
+    assert moved
+    assert moved <= {i for i, param in enumerate(start) if param.dim() > 1}
+
+
+def test_fine_tuning_with_frozen_layers():
+    recipe = Recipe("Fine-tuning with frozen layers").run()
+    assert recipe.steps() == BATCHES
+    assert same(recipe["model"][0].parameters(), recipe.start[0].parameters())
+    assert not same(recipe["model"][3].parameters(), recipe.start[3].parameters())
+
+
+def test_from_davda54_sam():
+    recipe = Recipe("From davda54/sam").run()
+    recipe.check_trained()
+    model, optimizer = recipe.twin(beta=1, gamma=1)
+    for batch in recipe["loader"]:
+        optimizer.step(batch_closure(model, recipe["loss_fn"], *batch))
+    for mine, theirs in zip(recipe["model"].parameters(), model.parameters()):
+        torch.testing.assert_close(mine, theirs)
+
+
+# Many processes: each of two runs the recipe on its own half of the batches.
+
+
+def share(rank: int, recipe: Recipe) -> list[tuple[Tensor, Tensor]]:
+    return list(recipe["loader"])[rank::2]
+
+
+def data_parallel(rank: int):
+    recipe = Recipe("DistributedDataParallel")
+    recipe.names["loader"] = share(rank, recipe)
+    recipe.run().check_trained(BATCHES // 2)
+    return [param.detach() for param in recipe["model"].parameters()]
+
+
+def sharded(rank: int):
+    folder = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(folder)
+    os.chdir(folder[0])
+    layers = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(DEVICE)
+    recipe = Recipe("FSDP2", model=layers)
+    recipe.names["loader"] = share(rank, recipe)
+    train, save, load = recipe.blocks
+    recipe.run(train, save)
+    assert recipe.steps() == BATCHES // 2
+    saved = [param.full_tensor().detach() for param in recipe["model"].parameters()]
+    recipe.run(train[train.index("for inputs") :])
+    later = [param.full_tensor().detach() for param in recipe["model"].parameters()]
+    recipe.run(load)
+    assert recipe.steps() == BATCHES // 2
+    return saved, later, [param.full_tensor().detach() for param in recipe["model"].parameters()]
+
+
+SCENARIOS = {"data parallel": (data_parallel, {}), "sharded": (sharded, {})}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # two ranks may not share a GPU
+        return ranks.run(__name__, 2, tmp_path_factory.mktemp("ranks"))
+
+
+def test_distributed_data_parallel(results):
+    one, other = results("data parallel")
+    assert same(one, other)
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="needs torch 2.13")
+def test_fsdp2(results):
+    for saved, later, loaded in results("sharded"):
+        assert same(loaded, saved)
+        assert not same(later, saved)
+
+
+# Trainers, on handwritten digits.
+
+
+class Digits:
+    """1,437 images of handwritten digits to train on, 360 to test on, and a small network."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        digits = load_digits()
+        order = torch.randperm(len(digits.target))
+        images, labels = (
+            torch.tensor(digits.data / 16.0, dtype=torch.float32)[order],
+            torch.tensor(digits.target)[order],
+        )
+        self.train, self.test = TensorDataset(images[:-360], labels[:-360]), (images[-360:], labels[-360:])
+        self.model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+    def accuracy(self, model: nn.Module) -> float:
+        images, labels = self.test
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            return (model.eval()(images.to(device)).argmax(1).cpu() == labels).float().mean().item()
+
+
+def on_digits(name: str, **names: Any) -> tuple[Digits, Recipe]:
+    digits = Digits()
+    loader = DataLoader(digits.train, batch_size=16, shuffle=True)
+    return digits, Recipe(name, **{"model": digits.model, "loader": loader, **names})
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """What recipes write, they write where they run."""
+    monkeypatch.chdir(tmp_path)
+
+
+quiet = pytest.mark.filterwarnings("ignore")  # the trainers' own advice
+
+
+@quiet
+def test_lightning():
+    lightning = pytest.importorskip("pytorch_lightning", reason="needs the extra 'trainers'")
+    digits, recipe = on_digits("PyTorch Lightning")
+    recipe.run()
+    trainer, steps = recipe["trainer"], 3 * len(recipe["loader"])
+    assert digits.accuracy(recipe["model"]) > 0.75
+    assert trainer.global_step == steps
+    assert trainer.optimizers[0].param_groups[0]["esam_step"] == steps
+    assert trainer.callback_metrics["loss"].isfinite()
+
+    # Resumed from Lightning's own checkpoint, it ends where a run that was never stopped ends.
+    path = next(Path("checkpoints").glob("*.ckpt"))
+    data = DataLoader(digits.train, batch_size=16)
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    ends = []
+    for epochs in (1, 1):
+        module = recipe["Classifier"](copy.deepcopy(recipe.start))
+        lightning.Trainer(max_epochs=3 + epochs, **options).fit(module, data, ckpt_path=path)
+        ends.append(values(module.model))
+    assert same(*ends)
+
+
+@quiet
+@pytest.mark.parametrize("overflows", [False, True])
+def test_lightning_in_float16(overflows):
+    pytest.importorskip("pytorch_lightning", reason="needs the extra 'trainers'")
+    from pytorch_lightning.plugins.precision import MixedPrecision
+
+    _, recipe = on_digits("PyTorch Lightning")
+    scaler = torch.amp.GradScaler(DEVICE)
+    recipe.names["plugin"] = MixedPrecision("16-mixed", DEVICE, scaler)
+    if overflows:
+        recipe["model"][0].weight.register_hook(lambda grad: grad * math.inf)
+    recipe.run(recipe.blocks[0].replace("max_epochs=3", "max_steps=4, plugins=[plugin]"))
+    assert (scaler.get_scale() < 65536) == overflows
+    assert same(values(recipe["model"]), values(recipe.start)) == overflows
+
+
+@quiet
+def test_accelerate():
+    pytest.importorskip("accelerate", reason="needs the extra 'trainers'")
+    digits, recipe = on_digits("Hugging Face Accelerate")
+    recipe.run()
+    assert digits.accuracy(recipe["model"]) > 0.75
+    recipe.check_trained(3 * len(recipe["loader"]))
+
+    accelerator = recipe["accelerator"]
+    batch = next(iter(recipe["loader"]))
+
+    def go_on() -> list[Tensor]:
+        for _ in range(3):
+            recipe["optimizer"].backward(batch_closure(recipe["model"], recipe["loss_fn"], *batch))
+            recipe["prepared"].step()
+        return values(recipe["model"])
+
+    accelerator.save_state("state")
+    uninterrupted = go_on()
+    accelerator.load_state("state")
+    assert same(go_on(), uninterrupted)
+
+
+@quiet
+def test_accelerate_in_float16():
+    """Accelerate makes a scaler on a GPU only: here its optimizer gets one of a CPU."""
+    accelerate = pytest.importorskip("accelerate", reason="needs the extra 'trainers'")
+    accelerate.Accelerator()
+    _, recipe = on_digits("Hugging Face Accelerate")
+    model, optimizer, scaler = recipe["model"].cpu(), recipe["optimizer"], torch.amp.GradScaler("cpu")
+    prepared = accelerate.optimizer.AcceleratedOptimizer(optimizer, scaler=scaler)
+    closure = batch_closure(model, recipe["loss_fn"], *next(iter(recipe["loader"])))
+    optimizer.backward(closure, scaler)
+    prepared.step()
+    assert not prepared.step_was_skipped
+    assert not same(values(model), values(recipe.start))
+    before = values(model)
+    model[0].weight.register_hook(lambda grad: grad * math.inf)
+    optimizer.backward(closure, scaler)
+    prepared.step()
+    assert prepared.step_was_skipped
+    assert same(values(model), before)
+
+
+class Output:
+    """What models of the Transformers library return, as far as the recipe needs it."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class Network(nn.Module):
+    """A network that is called as those of the Transformers library are."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, pixels: Tensor, labels: Tensor | None = None) -> Output:
+        assert labels is None, "the loss function is not the model's"
+        return Output(self.layers(pixels))
+
+
+@quiet
+def test_transformers_trainer():
+    pytest.importorskip("transformers", reason="needs the extra 'trainers'")
+    digits = Digits()
+    dataset = [{"pixels": image, "labels": label} for image, label in digits.train]
+    network = Network(nn.Sequential(digits.model, nn.Dropout(0.1)))
+    _, recipe = on_digits("Transformers Trainer", model=network, dataset=dataset)
+    own = "learning_rate=5e-3, save_steps=100, logging_steps=1, disable_tqdm=True"
+    code = recipe.blocks[0].replace("num_train_epochs=3", f"num_train_epochs=3, {own}")
+    recipe.run(code)
+    trainer = recipe["trainer"]
+    steps = 3 * math.ceil(len(dataset) / (2 * 8))
+    assert trainer.state.global_step == steps
+    assert trainer.esam.param_groups[0]["esam_step"] == steps
+    assert digits.accuracy(recipe["model"].layers) > 0.75
+    # What is logged is the mean loss of a step's micro-batches, not its half or double.
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(10), rel=0.2)
+    end = values(recipe["model"])
+
+    # Resumed from the Trainer's own checkpoint it ends where the run that was never stopped has ended.
+    recipe.names["model"] = copy.deepcopy(recipe.start)
+    recipe.run(code.replace("trainer.train()", "trainer.train(resume_from_checkpoint='checkpoints/checkpoint-100')"))
+    assert same(values(recipe["model"]), end)
