@@ -1,6 +1,7 @@
 """Starts the processes of a distributed test, which run its scenarios in one go, and collects what they return."""
 
 import importlib
+import signal
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -28,20 +29,34 @@ def process(rank: int, module: str, backend: str, world: int, folder: str) -> No
             results[name] = scenario(rank, **options)
         except Exception:
             results[name] = traceback.format_exc()
+        torch.save(results, f"{folder}/{rank}.pt")  # the next scenario may kill this rank
+        if isinstance(results[name], str):
             break  # the ranks are out of step
-    torch.save(results, f"{folder}/{rank}.pt")
-    if dist.is_initialized():  # the last scenario may have left
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def run(module: str, world: int, folder: Path, backend: str = "gloo") -> Callable[[str], list[Any]]:
-    """Run the SCENARIOS of a module, a function and its options by name; returned is what each rank made of a name."""
-    torch.multiprocessing.spawn(process, (module, backend, world, str(folder)), nprocs=world)
-    ranks = [torch.load(folder / f"{rank}.pt", "cpu", weights_only=False) for rank in range(world)]
+    """Run the SCENARIOS of a module, a function and its options by name; returned is what each rank made of a name.
+
+    A rank that has killed itself made None of the last one.
+    """
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=process, args=(rank, module, backend, world, str(folder))) for rank in range(world)
+    ]
+    for one in processes:
+        one.start()
+    for one in processes:
+        one.join()
+    last = list(importlib.import_module(module).SCENARIOS)[-1]
+    found = [torch.load(folder / f"{rank}.pt", "cpu", weights_only=False) for rank in range(world)]
+    for rank, one in zip(found, processes):
+        if one.exitcode == -signal.SIGKILL:
+            rank.setdefault(last, None)
 
     def of(name: str) -> list[Any]:
-        for rank in ranks:
+        for rank in found:
             assert not isinstance(rank.get(name, "an earlier scenario failed"), str), rank.get(name)
-        return [rank[name] for rank in ranks]
+        return [rank[name] for rank in found]
 
     return of

@@ -3,6 +3,9 @@
 Both processes run every scenario in one go, since starting them is what takes long; the tests look at the results.
 """
 
+import os
+import signal
+
 import pytest
 import ranks
 import torch
@@ -219,23 +222,24 @@ def zero(rank: int):
     return found, state
 
 
-def a_rank_that_leaves(rank: int):
-    """Its group is gone, as if it had been killed, while the other waits for its gradients in pass 3."""
+def a_killed_rank(rank: int):
+    """It dies while the other waits for its gradients in pass 3."""
+    if dist.get_backend() != "gloo":  # NCCL's watchdog ends the process
+        return None
     replica = replicate(mlp(dtype=torch.float64))
     closure, calls = batch_closure(replica, cross_entropy, *data(rank)[0]), 0
     before = values(replica)
 
-    def leaving(index):
+    def dying(index):
         nonlocal calls
         calls += 1
         if calls == 3 and rank == 1:
-            dist.destroy_process_group()
-            raise InterruptedError
+            os.kill(os.getpid(), signal.SIGKILL)
         return closure(index)
 
-    leaving.model = replica
-    with pytest.raises((RuntimeError, InterruptedError)):
-        optimizer_of(replica).backward(leaving)
+    dying.model = replica
+    with pytest.raises(RuntimeError):
+        optimizer_of(replica).backward(dying)
     return same(before, values(replica)), any(g is not None for g in grads(replica))
 
 
@@ -248,7 +252,7 @@ SCENARIOS = {
     "overflow": (overflow, {}),
     **{f"buffers, {name}": (buffers, {"sizes": sizes}) for name, sizes in SIZES.items()},
     "zero": (zero, {}),
-    "a rank that leaves": (a_rank_that_leaves, {}),  # the last one: nothing works after it
+    "a killed rank": (a_killed_rank, {}),  # the last one: nothing works after it
 }
 
 
@@ -333,5 +337,7 @@ def test_zero_redundancy_optimizer_as_the_base(results):
     assert len(state["state"]) == len(found)  # after consolidate_state_dict(), of all ranks' parts
 
 
-def test_a_rank_that_leaves_takes_no_weights_with_it(results):
-    assert results("a rank that leaves") == [(True, False)] * WORLD
+def test_a_killed_rank_takes_no_weights_with_it(results):
+    survivor, killed = results("a killed rank")
+    assert killed is None
+    assert survivor in (None, (True, False))
