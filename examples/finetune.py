@@ -1,13 +1,14 @@
 """Fine-tunes a small transformer with AdamW and with ESAM around it, on a table that comes with scikit-learn.
 
 The table has 30 measurements of each of 569 breast tumours, benign or malignant. The transformer reads a row as a
-sequence of columns. First it learns, without labels, to fill in hidden entries; then it is fine-tuned to
-tell the diagnosis from 40 rows with labels, and tested on rows that it has never seen.
-``python examples/finetune.py`` takes seconds on 2 cores.
+sequence of columns. First it learns, without labels, to fill in hidden entries; then it is fine-tuned to tell the
+diagnosis from 40 rows with labels, and tested on rows that it has never seen. Which 40 matters more than the optimizer,
+so that this is done with several choices of them. ``python examples/finetune.py`` takes half a minute on 2 cores.
 """
 
 import argparse
 import copy
+from statistics import mean
 
 import torch
 from sklearn.datasets import load_breast_cancer
@@ -79,10 +80,11 @@ def accuracy(model: TableTransformer, rows: Tensor, labels: Tensor) -> float:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Pretrain, fine-tune with each optimizer, and return and print the accuracies on the rows kept for testing."""
+    """Pretrain, fine-tune with each optimizer, and return and print their mean accuracies on the rows for testing."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pretrain-steps", type=int, default=300, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=100, help="of fine-tuning; default: %(default)s")
+    parser.add_argument("--choices", type=int, default=5, help="of the rows with labels; default: %(default)s")
     parser.add_argument("--rho", type=float, default=0.05, help="default: %(default)s")
     args = parser.parse_args(argv)
 
@@ -94,14 +96,18 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     pretrained = TableTransformer(rows.shape[1], classes=2)
     pretrain(pretrained, rows[TESTED:], args.pretrain_steps)
 
-    labelled = slice(TESTED, TESTED + LABELLED)
     results = {}
     for name, rho in (("AdamW", 0.0), ("ESAM around AdamW", args.rho)):
-        torch.manual_seed(0)
-        model = copy.deepcopy(pretrained)
-        finetune(model, rows[labelled], labels[labelled], args.steps, rho)
-        results[name] = accuracy(model, rows[:TESTED], labels[:TESTED])
-        print(f"{name}: {100 * results[name]:.1f} % of {TESTED} diagnoses are right")
+        accuracies = []
+        for choice in range(args.choices):
+            torch.manual_seed(choice)
+            labelled = TESTED + torch.randperm(len(rows) - TESTED)[:LABELLED]
+            model = copy.deepcopy(pretrained)
+            finetune(model, rows[labelled], labels[labelled], args.steps, rho)
+            accuracies.append(accuracy(model, rows[:TESTED], labels[:TESTED]))
+        results[name] = mean(accuracies)
+        each = ", ".join(f"{100 * value:.1f}" for value in accuracies)
+        print(f"{name}: {100 * results[name]:.1f} % of {TESTED} diagnoses are right (mean of {each})")
     return results
 
 
