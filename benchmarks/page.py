@@ -67,7 +67,9 @@ def inline_svg(
                 value = " ".join(re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.2f}", value).split())
             element.set(key, value)
         element.text, element.tail = (element.text or "").strip() or None, None
-    svg.attrib = {"viewBox": svg.attrib["viewBox"], "role": "img", "aria-label": description}
+    width = float(svg.attrib["viewBox"].split()[2])
+    limits = f"min-width: {width:.0f}px; max-width: {1.6 * width:.0f}px"  # where letters are neither tiny nor huge
+    svg.attrib = {"viewBox": svg.attrib["viewBox"], "role": "img", "aria-label": description, "style": limits}
     return Markup(ElementTree.tostring(svg, encoding="unicode"))
 
 

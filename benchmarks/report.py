@@ -17,10 +17,17 @@ README = options.RESULTS.parent.parent / "README.md"
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot of a result: what writes it as an SVG file, and what it shows, for those who cannot see it."""
+    """A plot of a result.
+
+    Attributes:
+        draw: writes it as an SVG file.
+        description: what it shows, for those who cannot see it.
+        shown: whether a result has what it shows.
+    """
 
     draw: Callable[[dict[str, Any], Path], None]
     description: str
+    shown: Callable[[dict[str, Any]], bool] = lambda _: True
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,10 @@ class Kind:
     tables: Callable[[dict[str, Any]], str]
     figures: Mapping[str, Figure] = field(default_factory=dict)
     summarized: bool = False
+
+    def plots(self, result: dict[str, Any]) -> list[tuple[str, Figure]]:
+        """The figures that a result has, and what their files' names end with."""
+        return [(name, figure) for name, figure in self.figures.items() if figure.shown(result)]
 
 
 # By what results name as their benchmark, in the order in which they are shown.
@@ -78,8 +89,9 @@ KINDS = {
 }
 
 SUMMARY = (
-    "What ESAM costs and buys. Costs are the time of a step over SGD's. Gains are differences of test accuracy in "
-    "percentage points, mean ± standard deviation over the seeds, from each of which all optimizers begin alike."
+    "SAM, ESAM: what a step of each costs more than SGD's, in time. Gain: by how many percentage points of test "
+    "accuracy ESAM exceeds the other, mean ± standard deviation over the seeds, from each of which all begin alike. "
+    "Peak memory is ESAM's."
 )
 
 Results = dict[str, dict[str, Any]]  # by the names of their files, less the suffix
@@ -117,7 +129,7 @@ def as_markdown(results: Results) -> str:
         parts += [f"## {kind.title}", kind.introduction]
         for stem, result in members.items():
             parts += [f"### {_escape(tables.subject(result))}", _escape(kind.tables(result))]
-            parts += [f"![{figure.description}]({stem}_{name}.svg)" for name, figure in kind.figures.items()]
+            parts += [f"![{figure.description}]({stem}_{name}.svg)" for name, figure in kind.plots(result)]
             for part in ("settings", "environment"):
                 parts.append(f"{part.capitalize()} of [{stem}.json]({stem}.json): {_listed(result[part])}.")
     return "\n\n".join(parts) + "\n"
@@ -136,7 +148,7 @@ def as_page(results: Results) -> str:
                     "blocks": list(tables.blocks(kind.tables(result))),
                     "figures": [
                         page.inline_svg(figure.draw, result, f"{stem}_{name}", figure.description)
-                        for name, figure in kind.figures.items()
+                        for name, figure in kind.plots(result)
                     ],
                     "details": {part.capitalize(): result[part] for part in ("settings", "environment")},
                 }
@@ -173,7 +185,7 @@ def write(folder: Path) -> None:
     (folder / "report.md").write_text(as_markdown(results))
     for kind, members in by_kind(results):
         for stem, result in members.items():
-            for name, figure in kind.figures.items():
+            for name, figure in kind.plots(result):
                 figure.draw(result, folder / f"{stem}_{name}.svg")
 
 
