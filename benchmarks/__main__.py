@@ -28,4 +28,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[0] = " ".join(["python -m benchmarks", *sys.argv[1:2]])  # what argparse shows as the command
     main(sys.argv[1:])

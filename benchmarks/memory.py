@@ -87,6 +87,7 @@ def measure(case: Case, variant: Variant, device: torch.device) -> dict[str, int
     with backups() as sizes:
 
         def work() -> None:
+            sizes.clear()  # of the run before, if this is not the first
             model = case.make().to(device)
             inputs = torch.rand(case.batch, device=device)
             targets = torch.arange(len(inputs), device=device) % case.classes
