@@ -1,7 +1,7 @@
 """Each operator over the parameter lists of real models, beside what one would write without this library.
 
 ``python -m benchmarks.kernels`` writes benchmarks/results/kernels_<device>.json;
-``pytest benchmarks/kernels.py --benchmark-enable`` times our side alone, to compare two commits.
+``pytest benchmarks/kernels.py --benchmark-only`` times our side alone, to compare two commits.
 
 The rivals of an operator run in turns with it, so that all see the same machine; times are medians. On a GPU a time is
 the device's own, with the host ahead of it, and ``host_us`` is what the call costs the host.
