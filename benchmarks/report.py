@@ -61,8 +61,8 @@ KINDS = {
         "Accuracy is the last epoch's, on images that were not trained on; cost is the time of a step over SGD's.",
         tables.train,
         {
-            "cost": Figure(plots.accuracy_over_cost, "Test accuracy of each optimizer over the time of its step."),
-            "time": Figure(plots.accuracy_over_time, "Test accuracy of each optimizer over its time of training."),
+            "_cost": Figure(plots.accuracy_over_cost, "Test accuracy of each optimizer over the time of its step."),
+            "_time": Figure(plots.accuracy_over_time, "Test accuracy of each optimizer over its time of training."),
         },
         summarized=True,
     ),
@@ -129,7 +129,7 @@ def as_markdown(results: Results) -> str:
         parts += [f"## {kind.title}", kind.introduction]
         for stem, result in members.items():
             parts += [f"### {_escape(tables.subject(result))}", _escape(kind.tables(result))]
-            parts += [f"![{figure.description}]({stem}_{name}.svg)" for name, figure in kind.plots(result)]
+            parts += [f"![{figure.description}]({stem}{name}.svg)" for name, figure in kind.plots(result)]
             for part in ("settings", "environment"):
                 parts.append(f"{part.capitalize()} of [{stem}.json]({stem}.json): {_listed(result[part])}.")
     return "\n\n".join(parts) + "\n"
@@ -147,7 +147,7 @@ def as_page(results: Results) -> str:
                     "title": tables.subject(result),
                     "blocks": list(tables.blocks(kind.tables(result))),
                     "figures": [
-                        page.inline_svg(figure.draw, result, f"{stem}_{name}", figure.description)
+                        page.inline_svg(figure.draw, result, f"{stem}{name}", figure.description)
                         for name, figure in kind.plots(result)
                     ],
                     "details": {part.capitalize(): result[part] for part in ("settings", "environment")},
@@ -166,7 +166,7 @@ def update(readme: str, results: Results) -> str:
     for kind, members in by_kind(results):
         for stem, result in members.items():
             if kind is KINDS["train"]:
-                plot = f"![{kind.figures['cost'].description}](benchmarks/results/{stem}_cost.svg)"
+                plot = f"![{kind.figures['_cost'].description}](benchmarks/results/{stem}_cost.svg)"
                 sections["train"] += [_escape(kind.tables(result)), plot]
     for name, parts in sections.items():
         begin, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
@@ -186,7 +186,7 @@ def write(folder: Path) -> None:
     for kind, members in by_kind(results):
         for stem, result in members.items():
             for name, figure in kind.plots(result):
-                figure.draw(result, folder / f"{stem}_{name}.svg")
+                figure.draw(result, folder / f"{stem}{name}.svg")
 
 
 def _escape(text: str) -> str:
