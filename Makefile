@@ -5,10 +5,16 @@ READY := .venv/ready
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: bench test check format sanitize test-gpu sanitize-gpu clean
+GPU_BENCHMARKS := bench-gpu-train bench-gpu-step-cost bench-gpu-frontier bench-gpu-kernels bench-gpu-memory
 
-bench: $(READY)  # trains one network with SGD, SAM and ESAM; prints and keeps what each costs and buys
-	$(BIN)/python -m benchmarks.train
+.PHONY: bench test check format sanitize test-gpu bench-gpu $(GPU_BENCHMARKS) sanitize-gpu clean
+
+bench: $(READY)  # the short form of what SGD, SAM and ESAM cost and buy here, and the report on it; 6 minutes on 2 cores
+	$(BIN)/python -m benchmarks train --epochs 20
+	$(BIN)/python -m benchmarks step_cost --quick
+	$(BIN)/python -m benchmarks frontier --quick
+	$(BIN)/python -m benchmarks memory
+	$(BIN)/python -m benchmarks report
 
 test: $(READY)  # the whole test suite; needs no GPU
 	$(BIN)/python -m pytest -q
@@ -38,8 +44,37 @@ test-gpu:
 	status=0; \
 	timeout 150 $(PYTHON) -m pytest -q -p no:cacheprovider tests/test_operators.py || status=$$?; \
 	timeout 90 $(PYTHON) -m pytest -q -p no:cacheprovider -m gpu tests || status=$$?; \
-	timeout 180 $(PYTHON) -m benchmarks.kernels --out benchmarks/results/kernels_cuda.json || status=$$?; \
+	timeout 180 $(PYTHON) -m benchmarks kernels --device cuda || status=$$?; \
 	exit $$status
+
+# The benchmarks in full on a GPU, with the Python that is there, where test-gpu has built the library; each part ends
+# within 9 minutes, by itself or by force.
+# CIFAR10: cifar-10-python.tar.gz, its folder, or a pack of JPEG files.
+ON_GPU = PYTHONPATH=. timeout 540 $(PYTHON) -m benchmarks
+ON_CIFAR10 = --device cuda --data cifar10 --data-file "$(CIFAR10)" --channels-last
+
+bench-gpu: $(GPU_BENCHMARKS)
+	PYTHONPATH=. $(PYTHON) -m benchmarks report
+
+bench-gpu-train bench-gpu-frontier: need-cifar10
+.PHONY: need-cifar10
+need-cifar10:
+	@test -e "$(CIFAR10)" || { echo 'CIFAR10="$(CIFAR10)" is no file or folder: give CIFAR10=cifar-10-python.tar.gz' >&2; exit 1; }
+
+bench-gpu-train:
+	$(ON_GPU) train $(ON_CIFAR10) --epochs 30 --time-budget 500
+
+bench-gpu-step-cost:
+	$(ON_GPU) step_cost --device cuda --channels-last
+
+bench-gpu-frontier:
+	$(ON_GPU) frontier $(ON_CIFAR10) --time-budget 500
+
+bench-gpu-kernels:
+	$(ON_GPU) kernels --device cuda
+
+bench-gpu-memory:
+	$(ON_GPU) memory --device cuda
 
 # The native CUDA operators' tests under compute-sanitizer.
 sanitize-gpu: export PYTHONPATH := .

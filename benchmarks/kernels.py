@@ -1,30 +1,29 @@
 """Each operator over the parameter lists of real models, beside what one would write without this library.
 
 ``python -m benchmarks.kernels`` writes benchmarks/results/kernels_<device>.json;
-``pytest benchmarks/kernels.py --benchmark-enable`` times our side alone, to compare two commits.
+``pytest benchmarks/kernels.py --benchmark-only`` times our side alone, to compare two commits.
 
 The rivals of an operator run in turns with it, so that all see the same machine; times are medians. On a GPU a time is
 the device's own, with the host ahead of it, and ``host_us`` is what the call costs the host.
 """
 
-import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from benchmarks.environment import environment
 from esam_kernels import ops
 from esam_kernels.ops import ElementMask, reference
 
-RESULTS = Path(__file__).parent / "results"
+from . import options, record, tables
+from .environment import environment
+
 COMPILED_TENSORS = 100  # torch.compile takes minutes for lists that are longer
 Shapes = list[tuple[int, ...]]
 
@@ -244,29 +243,25 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Measure everything on this machine and write it down."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS] if device == "cuda" else ["ResNet-18"])
-    parser.add_argument("--repeats", type=int, default=50 if device == "cuda" else 11)
-    parser.add_argument("--out", type=Path, default=RESULTS / f"kernels_{device}.json")
-    arguments = parser.parse_args()
-
-    served = ops.explain(torch.zeros(1, device=device))
-    result: dict[str, Any] = {"environment": environment(), "backend": served, "operators": []}
-    print(f"{served} on {device}")
-    for operator, subject, make in cases(device, arguments.models):
-        row = measure(make(), device, arguments.repeats)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure every operator, write the result and print the tables."""
+    parser = options.base_parser(__doc__ or "")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="default: ResNet-18, on a GPU all")
+    parser.add_argument("--repeats", type=int, help="rounds; default: 11, on a GPU 50")
+    on_gpu = parser.parse_known_args(argv)[0].device == "cuda"
+    parser.set_defaults(models=[*MODELS] if on_gpu else ["ResNet-18"], repeats=50 if on_gpu else 11)
+    args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    result = record.header("kernels", "random tensors", args)
+    result |= {"backend": ops.explain(torch.zeros(1, device=args.device)), "operators": []}
+    progress = tqdm(list(cases(args.device, args.models)))
+    for operator, subject, make in progress:
+        progress.set_description(f"{operator}, {subject}")
+        row = measure(make(), args.device, args.repeats)
         result["operators"].append({"operator": operator, "on": subject, **row})
-        for who, numbers in row["rivals"].items():
-            print(
-                f"{operator:>15} {subject:>14} {who:>26} {numbers['us']:>10.1f} us"
-                f" {numbers['share_of_copy_bandwidth']:>7.1%} of a copy {numbers['launches'] or '':>6}",
-                flush=True,
-            )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    record.save(result, args.output, f"kernels_{args.device}")
+    print(tables.kernels(result))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

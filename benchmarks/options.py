@@ -22,16 +22,24 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+def base_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with what every benchmark has: where it runs, and where its result goes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--output", type=Path, default=RESULTS, metavar="FOLDER", help="default: benchmarks/results")
+    return parser
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the shared options."""
-    parser = argparse.ArgumentParser(description=description)
+    """A parser with the options that the benchmarks of training share."""
+    parser = base_parser(description)
     add = parser.add_argument
     add("--data", choices=data.DATASETS, default="digits", help="default: %(default)s")
     add("--data-file", type=Path, metavar="PATH", help="CIFAR-10: the .tar.gz, its folder, or an .npz of JPEG files")
     add("--model", choices=models.MODELS, help="default: small for digits, resnet18 for cifar10")
     add("--width", type=int, help="channels of the first stage; for wrn28_10 the factor of width")
     add("--batch-size", type=int, help="default: 128")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--channels-last", action="store_true", help="keep images and weights in channels-last order")
     add("--lr", type=float, help="peak learning rate; default: 0.1 for digits, 0.05 for cifar10")
     add("--momentum", type=float, default=0.9, help="default: %(default)s")
@@ -39,7 +47,6 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--rho", type=float, default=0.05, help="radius of SAM and ESAM; default: 0.05, for wrn28_10 0.1")
     add("--beta", type=float, default=0.6, help="share of weights that ESAM perturbs; default: 0.6, for wrn28_10 0.5")
     add("--gamma", type=float, default=0.5, help="share of samples that ESAM descends on; default: %(default)s")
-    add("--output", type=Path, default=RESULTS, metavar="FOLDER", help="default: benchmarks/results")
     return parser
 
 

@@ -18,3 +18,8 @@ def save(result: dict[str, Any], folder: Path, stem: str) -> None:
     """Write a result as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """All results in a folder, by the names of their files less the suffix, in order."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}

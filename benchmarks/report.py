@@ -1,25 +1,173 @@
-"""``python -m benchmarks.report`` puts the results in benchmarks/results into the README."""
+"""All results as one page, as Markdown, and in short in the README, each made from the JSON files and nothing else.
+
+``report.html`` holds everything and needs no network; ``report.md`` holds the same for reading on a code host.
+"""
 
 import argparse
-import json
-from collections.abc import Sequence
+import html
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from . import options, tables
+from . import options, page, plots, record, tables
 
 README = options.RESULTS.parent.parent / "README.md"
 
 
-def update(readme: str, results: Path) -> str:
-    """The README with everything between its ``results:`` markers made anew from the JSON files in ``results``."""
-    sections: dict[str, list[str]] = {"train": [], "step_cost": []}
-    for path in sorted(results.glob("train_*.json")):
-        plots = [
-            f"![{plot.stem}](benchmarks/results/{plot.name})" for plot in sorted(results.glob(f"{path.stem}_*.svg"))
-        ]
-        sections["train"].append("\n\n".join([tables.train(json.loads(path.read_text())), *plots]))
-    for path in sorted(results.glob("step_cost_*.json")):
-        sections["step_cost"].append(tables.step_cost(json.loads(path.read_text())))
+@dataclass(frozen=True)
+class Figure:
+    """A plot of a result.
+
+    Attributes:
+        draw: writes it as an SVG file.
+        description: what it shows, for those who cannot see it.
+        shown: whether a result has what it shows.
+    """
+
+    draw: Callable[[dict[str, Any], Path], None]
+    description: str
+    shown: Callable[[dict[str, Any]], bool] = lambda _: True
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the results of one benchmark are shown.
+
+    Attributes:
+        title: of its section.
+        introduction: what is measured, for a reader who knows only what SGD is.
+        tables: makes the Markdown of a result.
+        figures: its plots, by what their files' names end with.
+        summarized: whether its results have ``methods`` with costs over SGD, as ``tables.summary`` needs.
+    """
+
+    title: str
+    introduction: str
+    tables: Callable[[dict[str, Any]], str]
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    summarized: bool = False
+
+    def plots(self, result: dict[str, Any]) -> list[tuple[str, Figure]]:
+        """The figures that a result has, and what their files' names end with."""
+        return [(name, figure) for name, figure in self.figures.items() if figure.shown(result)]
+
+
+# By what results name as their benchmark, in the order in which they are shown.
+KINDS = {
+    "train": Kind(
+        "Training",
+        "One network is trained to the end by each optimizer, from the same weights, on the same batches, in turns. "
+        "Accuracy is the last epoch's, on images that were not trained on; cost is the time of a step over SGD's.",
+        tables.train,
+        {
+            "_cost": Figure(plots.accuracy_over_cost, "Test accuracy of each optimizer over the time of its step."),
+            "_time": Figure(plots.accuracy_over_time, "Test accuracy of each optimizer over its time of training."),
+        },
+        summarized=True,
+    ),
+    "step_cost": Kind(
+        "One step",
+        "The time of one step of each optimizer, in turns on the same batches, and that of the passes which ESAM's "
+        "step is made of, each timed by itself.",
+        tables.step_cost,
+        summarized=True,
+    ),
+    "memory": Kind(
+        "Peak memory",
+        "The most bytes that a step's tensors occupy at once, for each option of ESAM. ESAM must keep a copy of the "
+        "weights that it perturbs; its last pass needs the activations of the selected samples alone. For convolutions "
+        "activations count most, for wide linear layers weights do.",
+        tables.memory,
+    ),
+    "kernels": Kind(
+        "Operators",
+        "What ESAM does to the weights between its passes, over the weights of real models, beside the same in torch's "
+        "foreach functions and in torch.compile.",
+        tables.kernels,
+    ),
+}
+
+SUMMARY = (
+    "SAM, ESAM: what a step of each costs more than SGD's, in time. Gain: by how many percentage points of test "
+    "accuracy ESAM exceeds the other, mean ± standard deviation over the seeds, from each of which all begin alike. "
+    "Peak memory is ESAM's."
+)
+
+Results = dict[str, dict[str, Any]]  # by the names of their files, less the suffix
+
+
+def by_kind(results: Results) -> Iterator[tuple[Kind, Results]]:
+    """The kinds that have results, with these.
+
+    Raises:
+        ValueError: if a result is of no kind that is known, and would be left out silently.
+    """
+    for stem, result in results.items():
+        if result.get("benchmark") not in KINDS:
+            raise ValueError(
+                f"{stem}.json names {result.get('benchmark')!r} as its benchmark, and the report knows only "
+                f"{', '.join(KINDS)}: measure it anew, or remove it"
+            )
+    for name, kind in KINDS.items():
+        if members := {stem: result for stem, result in results.items() if result["benchmark"] == name}:
+            yield kind, members
+
+
+def summary(results: Results) -> str:
+    """The table over all results of what ESAM costs and buys."""
+    return tables.summary(
+        [result for kind, members in by_kind(results) if kind.summarized for result in members.values()]
+    )
+
+
+def as_markdown(results: Results) -> str:
+    """All results as Markdown; the plots are files beside it."""
+    parts = ["# Results", "What follows is made by `python -m benchmarks report` from the JSON files beside it."]
+    parts += ["## Summary", SUMMARY, _escape(summary(results))]
+    for kind, members in by_kind(results):
+        parts += [f"## {kind.title}", kind.introduction]
+        for stem, result in members.items():
+            parts += [f"### {_escape(tables.subject(result))}", _escape(kind.tables(result))]
+            parts += [f"![{figure.description}]({stem}{name}.svg)" for name, figure in kind.plots(result)]
+            for part in ("settings", "environment"):
+                parts.append(f"{part.capitalize()} of [{stem}.json]({stem}.json): {_listed(result[part])}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def as_page(results: Results) -> str:
+    """All results as an HTML page that needs nothing from elsewhere."""
+    sections = [
+        {
+            "title": kind.title,
+            "introduction": kind.introduction,
+            "results": [
+                {
+                    "id": stem,
+                    "title": tables.subject(result),
+                    "blocks": list(tables.blocks(kind.tables(result))),
+                    "figures": [
+                        page.inline_svg(figure.draw, result, f"{stem}{name}", figure.description)
+                        for name, figure in kind.plots(result)
+                    ],
+                    "details": {part.capitalize(): result[part] for part in ("settings", "environment")},
+                }
+                for stem, result in members.items()
+            ],
+        }
+        for kind, members in by_kind(results)
+    ]
+    return page.render(introduction=SUMMARY, summary=list(tables.blocks(summary(results))), sections=sections)
+
+
+def update(readme: str, results: Results) -> str:
+    """The README with what is between its ``results:`` markers made anew: the summary, and how training went."""
+    sections = {"summary": [SUMMARY, _escape(summary(results))], "train": []}
+    for kind, members in by_kind(results):
+        for stem, result in members.items():
+            if kind is KINDS["train"]:
+                plot = f"![{kind.figures['_cost'].description}](benchmarks/results/{stem}_cost.svg)"
+                sections["train"] += [_escape(kind.tables(result)), plot]
     for name, parts in sections.items():
         begin, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
         before, found_begin, rest = readme.partition(begin)
@@ -30,10 +178,41 @@ def update(readme: str, results: Path) -> str:
     return readme
 
 
+def write(folder: Path) -> None:
+    """Write the page, the Markdown and its plots beside the results in ``folder``."""
+    results = record.load(folder)
+    (folder / "report.html").write_text(as_page(results))
+    (folder / "report.md").write_text(as_markdown(results))
+    for kind, members in by_kind(results):
+        for stem, result in members.items():
+            for name, figure in kind.plots(result):
+                figure.draw(result, folder / f"{stem}{name}.svg")
+
+
+def _escape(text: str) -> str:
+    """Text whose < and & are shown, and not taken for HTML in Markdown."""
+    return html.escape(text, quote=False)
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} `{str(value).replace('`', '')}`" for name, value in values.items() if value is not None)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Rewrite the README's results."""
-    argparse.ArgumentParser(description=__doc__).parse_args(argv)
-    README.write_text(update(README.read_text(), options.RESULTS))
+    """Write the report, and the README's sections if it is about this repository's own results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=options.RESULTS,
+        metavar="FOLDER",
+        help="where the JSON files are and the report goes; default: benchmarks/results, which the README shows too",
+    )
+    folder = parser.parse_args(argv).results
+    write(folder)
+    if folder.resolve() == options.RESULTS.resolve():
+        README.write_text(update(README.read_text(), record.load(folder)))
+    print(f"Written to {folder}: report.html, report.md")
 
 
 if __name__ == "__main__":

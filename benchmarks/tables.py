@@ -1,7 +1,62 @@
 """Results as Markdown tables, and the line that says on what they were measured."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+
+class Table(NamedTuple):
+    """A table as it is read back from its Markdown."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def summary(results: Iterable[dict[str, Any]]) -> str:
+    """One table over results of whole methods: what SAM and ESAM cost over SGD, and what ESAM buys."""
+    columns = [
+        "measured",
+        "SAM",
+        "ESAM",
+        "ESAM, bf16 steering",
+        "gain over SGD",
+        "gain over SAM",
+        "peak memory over SGD",
+    ]
+    rows = []
+    for result in results:
+        methods = result["methods"]
+        costs = [
+            _cost(methods[name]["time_over_sgd"]) if name in methods else "" for name in ("sam", "esam", "esam-bf16")
+        ]
+        gains = [_gain(result, "esam", other) for other in ("sgd", "sam")]
+        peaks = [methods.get(name, {}).get("peak_memory_bytes") for name in ("sgd", "esam")]
+        rows.append([subject(result), *costs, *gains, f"{peaks[1] / peaks[0]:.2f}" if all(peaks) else ""])
+    return table(columns, rows)
+
+
+def _gain(result: dict[str, Any], name: str, other: str) -> str:
+    """By how much a method's accuracy exceeds another's, over the seeds that both finished."""
+    curves, methods = result.get("curves", {}), result["methods"]
+    if not {name, other} <= curves.keys():
+        return ""
+    finals = [
+        [curve[-1]["test_accuracy"] for curve in curves[who] if len(curve) == methods[who]["epochs"]]
+        for who in (name, other)
+    ]
+    gains = [a - b for a, b in zip(*finals, strict=True)]
+    return f"{mean(gains):+.2f}" + (f" ± {stdev(gains):.2f}" if len(gains) > 1 else "")
+
+
+def subject(result: dict[str, Any]) -> str:
+    """What a result is about, in a few words: its benchmark's data, network, batch and device."""
+    settings = result["settings"]
+    width = f" of width {settings['width']}" if settings.get("width") else ""
+    network = [f"{settings['model']}{width}"] if "model" in settings else []
+    batch = [f"batch {settings['batch_size']}"] if "batch_size" in settings else []
+    amp = [f"{settings['amp']} autocast"] if settings.get("amp") else []
+    return ", ".join([result["data"], *network, *batch, *amp, settings["device"].upper()])
 
 
 def train(result: dict[str, Any]) -> str:
@@ -16,7 +71,7 @@ def train(result: dict[str, Any]) -> str:
                 method["label"],
                 f"{method['test_accuracy_mean']:.2f}{spread}",
                 f"{1e3 * method['seconds_per_step']['median']:.1f}",
-                f"{100 * (cost['median'] - 1):+.0f} %" if cost else "",
+                _cost(cost),
                 f"{method['peak_memory_bytes'] / 1e6:.0f}",
             ]
         )
@@ -63,6 +118,64 @@ def step_cost(result: dict[str, Any]) -> str:
     )
 
 
+def memory(result: dict[str, Any]) -> str:
+    """The tables of peak memory: for each model every option of ESAM, with its backup and the floor under it."""
+    parts = []
+    for case in result["cases"].values():
+        sgd = case["rows"]["SGD"]["peak_bytes"]
+        rows = []
+        for label, row in case["rows"].items():
+            peak, copies = row["peak_bytes"], (row["backup_bytes"], row["floor_bytes"])
+            cells = [_megabytes(peak), f"{peak / sgd:.3f}", f"{(peak - sgd) / 1e6:+.1f}", *map(_megabytes, copies)]
+            rows.append([label, *cells])
+        columns = ["optimizer", "peak, MB", "over SGD", "more than SGD, MB", "backup, MB", "floor, MB"]
+        about = f"{case['label']}, {_megabytes(case['weight_bytes'])} MB of weights, batch {case['batch_size']}."
+        parts += [about, table(columns, rows)]
+    settings = result["settings"]
+    caption = (
+        f"Peak of {settings['steps']} steps, SGD having momentum, beta {settings['beta']}, gamma {settings['gamma']} "
+        "where nothing else is said: weights, gradients, momentum, activations, the batch and what a step makes "
+        "besides. Backup: what ESAM copies before it perturbs. Floor: one copy of the weights that are perturbed. "
+        f"{machine(result)}"
+    )
+    return "\n\n".join([*parts, caption])
+
+
+def kernels(result: dict[str, Any]) -> str:
+    """The tables of the operators: those over lists of weights, and the selection of samples."""
+    rows = result["operators"]
+    over_weights = [row for row in rows if row["operator"] != "select_top"]
+    over_samples = [row for row in rows if row["operator"] == "select_top"]
+    settings = result["settings"]
+    caption = (
+        f"Medians of {settings['repeats']} interleaved rounds, backend {result['backend']}. A rival's column has its "
+        "time over that of esam_kernels: above 1, it is slower. A share of a copy is that of the bandwidth of one "
+        f"large copy in the same rounds; what fits in a cache exceeds it. {machine(result)}"
+    )
+    return "\n\n".join([*(_operators(group) for group in (over_weights, over_samples) if group), caption])
+
+
+def _operators(rows: list[dict[str, Any]]) -> str:
+    rivals = list(dict.fromkeys(who for row in rows for who in row["rivals"] if who != "esam_kernels"))
+    on_gpu = rows[0]["rivals"]["esam_kernels"]["launches"] is not None
+    columns = [
+        "operator",
+        "over",
+        "µs",
+        *(["µs of the host", "launches"] if on_gpu else []),
+        "share of a copy",
+        *rivals,
+    ]
+    lines = []
+    for row in rows:
+        ours = row["rivals"]["esam_kernels"]
+        host = [f"{ours['host_us']:.1f}", str(ours["launches"])] if on_gpu else []
+        over = [f"{row['rivals'][who]['us'] / ours['us']:.2f}" if who in row["rivals"] else "" for who in rivals]
+        cells = [f"{ours['us']:.1f}", *host, f"{ours['share_of_copy_bandwidth']:.0%}", *over]
+        lines.append([row["operator"], row["on"], *cells])
+    return table(columns, lines)
+
+
 def machine(result: dict[str, Any]) -> str:
     """One line on where and with what a result was measured."""
     env = result["environment"]
@@ -75,7 +188,7 @@ def machine(result: dict[str, Any]) -> str:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table with numbers to the right, whose columns also line up as plain text."""
-    rows = list(rows)
+    columns, *rows = [[cell.replace("|", r"\|") for cell in cells] for cells in [columns, *rows]]
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
 
     def line(cells: Sequence[str]) -> str:
@@ -84,6 +197,27 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     return "\n".join(line(cells) for cells in [columns, rule, *rows])
+
+
+def blocks(markdown: str) -> Iterator[str | Table]:
+    """The paragraphs and tables of Markdown that is made of ``table`` and of plain paragraphs."""
+    for block in markdown.split("\n\n"):
+        if block.startswith("| "):
+            columns, _, *rows = [
+                [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+                for line in block.splitlines()
+            ]
+            yield Table(columns, rows)
+        else:
+            yield block
+
+
+def _cost(time_over_sgd: dict[str, float] | None) -> str:
+    return f"{100 * (time_over_sgd['median'] - 1):+.0f} %" if time_over_sgd else ""
+
+
+def _megabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:.1f}"
 
 
 def _milliseconds(seconds: dict[str, float]) -> str:

@@ -5,14 +5,13 @@ import json
 import pickle
 import tarfile
 from dataclasses import replace
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import data, models, report, step_cost, tables, train
+from benchmarks import data, models, step_cost, train
 from benchmarks.measure import Stopwatch, peak_memory, ratio, spread
 from benchmarks.methods import METHODS, Settings, trainer
 
@@ -276,28 +275,3 @@ def test_the_parts_are_the_step():
         drawn = step_cost.drawn(weights, SETTINGS, step)
         assert len(list(step_cost.parts_of_step(parts, inputs, targets, drawn))) == 7
         assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), weights))
-
-
-# The report.
-
-
-def test_the_readme_is_rewritten_between_its_markers(tmp_path):
-    train.main(
-        ["--width", "4", "--epochs", "1", "--seeds", "1", "--optimizers", "sgd", "esam", "--output", str(tmp_path)]
-    )
-    (tmp_path / "kernels-cpu.json").write_text("{}")  # another benchmark's
-    sections = ("train", "step_cost")
-    empty = "Title\n" + "".join(f"<!-- results:{name} -->\nold\n<!-- /results:{name} -->\ntext\n" for name in sections)
-    once = report.update(empty, tmp_path)
-    assert "old" not in once
-    assert once.startswith("Title\n<!-- results:train -->\n\n| optimizer ")
-    assert "](benchmarks/results/train_digits_cpu_time.svg)" in once
-    assert report.update(once, tmp_path) == once
-    with pytest.raises(ValueError, match="the README lacks the lines"):
-        report.update("no markers", tmp_path)
-
-
-def test_tables_line_up():
-    lines = tables.table(["name", "value"], [["a", "1"], ["longer", "12.5"]]).splitlines()
-    assert all(len(a) == len(b) for a, b in pairwise(lines))
-    assert lines[1] == "| ------ | ----: |"

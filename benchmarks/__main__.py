@@ -1,0 +1,32 @@
+"""``python -m benchmarks COMMAND ...`` runs ``benchmarks.COMMAND``."""
+
+import sys
+from importlib import import_module
+
+# Imported only when asked for: each brings libraries of its own.
+COMMANDS = {
+    "train": "accuracy, time and memory of SGD, SAM and ESAM on a whole training",
+    "step_cost": "the time of one step and of its passes",
+    "frontier": "accuracy against cost over ESAM's options",
+    "kernels": "the operators by themselves, beside foreach and torch.compile",
+    "memory": "peak memory for each option of ESAM",
+    "report": "the results of all of these as a page, as Markdown and in the README",
+}
+
+
+def main(argv: list[str]) -> None:
+    """Run the command, or say which there are."""
+    if argv and argv[0] in COMMANDS:
+        import_module(f"benchmarks.{argv[0]}").main(argv[1:])
+        return
+    lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
+    usage = "\n".join(["usage: python -m benchmarks COMMAND [--help]", "", *lines])
+    if argv and argv[0] in ("-h", "--help"):
+        print(usage)
+    else:
+        sys.exit(f"{usage}\n\n{f'no such command: {argv[0]}' if argv else 'a command is needed'}")
+
+
+if __name__ == "__main__":
+    sys.argv[0] = " ".join(["python -m benchmarks", *sys.argv[1:2]])  # what argparse shows as the command
+    main(sys.argv[1:])

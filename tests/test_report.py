@@ -1,0 +1,234 @@
+"""The report shows every result, needs nothing from elsewhere, and is the same whenever the results are."""
+
+import json
+import re
+from html.parser import HTMLParser
+from itertools import chain, pairwise
+
+import pytest
+
+from benchmarks import kernels, memory, options, record, report, step_cost, tables, train
+from benchmarks.__main__ import COMMANDS
+from benchmarks.__main__ import main as dispatch
+
+TINY = ["--width", "4", "--device", "cpu"]
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A result of every kind, measured on next to nothing."""
+    folder = tmp_path_factory.mktemp("results")
+    output = ["--output", str(folder)]
+    train.main([*TINY, "--epochs", "1", "--seeds", "2", "--optimizers", "sgd", "sam", "esam", *output])
+    step_cost.main([*TINY, "--model", "small", "--batch-size", "16", "--rounds", "1", *output])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "CASES", {"tiny": memory.Case("tiny", lambda: memory._mlp(3, 4, 10), (8, 3, 1, 1))})
+        memory.main(["--device", "cpu", *output])
+        patch.setattr(kernels, "MODELS", {"ResNet-18": [(3, 4), (5,)]})
+        patch.setattr(kernels, "_compiled", lambda *_: None)
+        patch.setattr(kernels.torch, "compile", lambda call: call)
+        kernels.main(["--device", "cpu", "--repeats", "1", *output])
+    return folder
+
+
+@pytest.fixture
+def results(folder):
+    return record.load(folder)
+
+
+class Page(HTMLParser):
+    """Elements, ids, references and visible text of a page, whose elements must be closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.text = [], [], ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+
+def test_the_page_loads_nothing_and_its_links_lead_somewhere(results):
+    html = report.as_page(results)
+    page = Page(html)
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.elements}
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    references = [a[name] for _, a in page.elements for name in ("href", "src", "xlink:href") if name in a]
+    references += re.findall(r"url\((.*?)\)", html)
+    assert {"#train_digits_cpu", "#memory_cpu"} <= set(references)
+    assert all(reference.startswith("#") and reference[1:] in ids for reference in references)
+    assert "@import" not in html
+    assert len(html) < 500_000
+
+
+def test_the_page_shows_every_result_with_its_tables_plots_and_settings(results):
+    page = Page(report.as_page(results))
+    assert {a["id"] for tag, a in page.elements if tag == "article"} == set(results)
+    assert sum(tag == "svg" for tag, _ in page.elements) == 2
+    for result in results.values():
+        kind = report.KINDS[result["benchmark"]]
+        for block in tables.blocks(kind.tables(result)):
+            cells = [block] if isinstance(block, str) else chain(block.columns, *block.rows)
+            assert all(cell in page.text for cell in cells)
+        for value in [*result["settings"].values(), *result["environment"].values()]:
+            assert value is None or str(value) in page.text
+
+
+def test_every_table_has_headers_and_a_caption(results):
+    page = Page(report.as_page(results))
+    number = sum(tag == "table" for tag, _ in page.elements)
+    assert (
+        number == sum(tag == "caption" for tag, _ in page.elements) == sum(tag == "thead" for tag, _ in page.elements)
+    )
+    assert all(attributes.get("scope") in ("row", "col") for tag, attributes in page.elements if tag == "th")
+
+
+def test_the_markdown_shows_every_result_and_its_plots(folder, results):
+    markdown = report.as_markdown(results)
+    assert all(f"({stem}.json)" in markdown for stem in results)
+    report.write(folder)
+    plots = re.findall(r"!\[.*?\]\((.*?)\)", markdown)
+    assert plots == ["train_digits_cpu_cost.svg", "train_digits_cpu_time.svg"]
+    assert all((folder / plot).stat().st_size > 1_000 for plot in plots)
+
+
+def test_the_report_is_made_of_the_results_alone(folder):
+    def written():
+        report.main(["--results", str(folder)])
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    first = written()
+    for path in folder.iterdir():
+        if path.suffix != ".json":
+            path.write_text("stale")
+    assert written() == first
+
+
+def test_nothing_that_a_result_says_becomes_markup(results):
+    evil = '<img src="https://example.org/x"> & | a'
+    for result in results.values():
+        result["data"] = result["environment"]["cpu"] = evil
+    results["train_digits_cpu"]["methods"]["esam"]["label"] = evil
+    page = Page(report.as_page(results))
+    assert not any(tag == "img" for tag, _ in page.elements)
+    assert page.text.count(evil) >= 3
+    markdown = report.as_markdown(results)
+    assert "<img" not in re.sub("`.*?`", "", markdown)  # in code nothing is markup
+    rows = [line for line in markdown.splitlines() if line.startswith("| &lt;img")]
+    assert len(rows) == 3  # a method, and two lines of the summary
+    assert all(r"&amp; \| a" in row for row in rows)
+
+
+def test_a_result_of_an_unknown_kind_is_named(results):
+    with pytest.raises(ValueError, match=r"other\.json names 'guesses' as its benchmark"):
+        report.as_page(results | {"other": {"benchmark": "guesses"}})
+
+
+def test_the_summary_has_costs_and_gains_of_known_results():
+    def curve(*accuracies):
+        return [{"test_accuracy": accuracy} for accuracy in accuracies]
+
+    methods = {
+        name: {"time_over_sgd": {"median": cost}, "peak_memory_bytes": peak, "epochs": 2}
+        for name, cost, peak in (("sgd", 1.0, 100), ("sam", 2.0, 130), ("esam", 1.75, 110))
+    }
+    curves = {
+        "sgd": [curve(50.0, 90.0), curve(50.0, 92.0), curve(99.0)],  # the last was not finished
+        "sam": [curve(50.0, 95.0), curve(50.0, 95.0), curve(99.0)],
+        "esam": [curve(50.0, 94.0), curve(50.0, 94.0), curve(10.0)],
+    }
+    settings = {"model": "small", "batch_size": 8, "device": "cpu"}
+    trained = {"data": "noise", "settings": settings, "methods": methods, "curves": curves}
+    timed = {"data": "noise", "settings": settings, "methods": {name: methods[name] for name in ("sgd", "esam")}}
+    (table,) = tables.blocks(tables.summary([trained, timed]))
+    assert table.rows[0] == [
+        "noise, small, batch 8, CPU",
+        "+100 %",
+        "+75 %",
+        "",
+        "+3.00 ± 1.41",
+        "-1.00 ± 0.00",
+        "1.10",
+    ]
+    assert table.rows[1][:6] == ["noise, small, batch 8, CPU", "", "+75 %", "", "", ""]
+
+
+def test_the_readme_is_rewritten_between_its_markers(results):
+    sections = ("summary", "train")
+    empty = "Title\n" + "".join(f"<!-- results:{name} -->\nold\n<!-- /results:{name} -->\ntext\n" for name in sections)
+    once = report.update(empty, results)
+    assert "old" not in once
+    assert once.startswith("Title\n<!-- results:summary -->\n")
+    assert once.endswith("text\n")
+    assert tables.train(results["train_digits_cpu"]) in once
+    assert "](benchmarks/results/train_digits_cpu_cost.svg)" in once
+    assert report.update(once, results) == once
+    with pytest.raises(ValueError, match="the README lacks the lines"):
+        report.update("no markers", results)
+
+
+def test_the_committed_report_is_that_of_the_committed_results():
+    """If this fails: ``python -m benchmarks report``. How plots are drawn in detail is matplotlib's, and may change."""
+
+    def without_plots(page):
+        return re.sub("<svg.*?</svg>", "", page, flags=re.DOTALL)
+
+    results = record.load(options.RESULTS)
+    assert without_plots((options.RESULTS / "report.html").read_text()) == without_plots(report.as_page(results))
+    assert (options.RESULTS / "report.md").read_text() == report.as_markdown(results)
+    assert report.README.read_text() == report.update(report.README.read_text(), results)
+
+
+def test_tables_line_up_and_are_read_back():
+    columns, rows = ["name", "value"], [["a | b", "1"], ["longer", ""]]
+    markdown = tables.table(columns, rows)
+    lines = markdown.splitlines()
+    assert all(len(a) == len(b) for a, b in pairwise(lines))
+    assert lines[1] == "| ------ | ----: |"
+    assert list(tables.blocks(f"above\n\n{markdown}\n\nbelow")) == ["above", (columns, rows), "below"]
+
+
+def test_one_command_line_for_all(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        dispatch(["report", "--help"])
+    assert stopped.value.code == 0
+    assert "--results FOLDER" in capsys.readouterr().out
+    dispatch(["--help"])
+    assert "  report " in capsys.readouterr().out
+    for arguments, complaint in ([], "a command is needed"), (["guess"], "no such command: guess"):
+        with pytest.raises(SystemExit, match=complaint) as stopped:
+            dispatch(arguments)
+        assert all(f"  {command} " in stopped.value.code for command in COMMANDS)
+
+
+def test_kernels_with_their_rivals(results):
+    result = results["kernels_cpu"]
+    weights, samples, caption = tables.blocks(tables.kernels(result))
+    assert [row[0] for row in weights.rows] == [
+        "squared_norm",
+        "perturb",
+        "norm_and_perturb",
+        "perturb_masked",
+        "restore",
+    ]
+    assert {row[0] for row in samples.rows} == {"select_top"}
+    rivals = result["operators"][1]["rivals"]
+    expected = rivals["foreach"]["us"] / rivals["esam_kernels"]["us"]
+    assert weights.rows[1][weights.columns.index("foreach")] == f"{expected:.2f}"
+    assert "backend" in caption
+    assert json.dumps(result["settings"]["models"]) == '["ResNet-18"]'
