@@ -11,6 +11,7 @@ selected. Whole, parts and floor have the same batch and the same draws, and are
 """
 
 import argparse
+import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -205,17 +206,26 @@ def serving_backend(device: str) -> str:
     return ops.explain(torch.zeros(1, device=device)).partition(";")[0]
 
 
-def rows(args: argparse.Namespace) -> list[str]:
-    """The names of the methods that are measured: those asked for that make sense, in their order."""
-    left_out = set(BF16_ON_ITS_OWN) if args.amp else set()
-    if args.authors_code is None or args.model in models.LANGUAGE_MODELS:
-        left_out.add("esam-authors")
-    default = serving_backend(args.device)  # that of the row "ESAM"
+def left_out(args: argparse.Namespace) -> dict[str, str]:
+    """The methods that make no sense in a case, and why."""
+    why = dict.fromkeys(BF16_ON_ITS_OWN, "--amp sets the precision of all passes") if args.amp else {}
+    if args.authors_code is None:
+        why["esam-authors"] = "--authors-code says where it is"
+    elif args.model in models.LANGUAGE_MODELS:
+        why["esam-authors"] = "the authors' code takes no weights of samples"
+    default = serving_backend(args.device)
     for backend in BACKENDS:
         with ops.use_backend(backend):
-            if backend == default or serving_backend(args.device) != backend:
-                left_out.add(f"esam-{backend}")
-    wanted = {*(args.methods or METHODS | VARIANTS), *ALWAYS} - left_out
+            if backend == default:
+                why[f"esam-{backend}"] = f"it is what the row esam has on {args.device}"
+            elif serving_backend(args.device) != backend:
+                why[f"esam-{backend}"] = f"this backend does not serve {args.device} here"
+    return why
+
+
+def rows(args: argparse.Namespace) -> list[str]:
+    """The names of the methods that are measured: those asked for that make sense, family by family."""
+    wanted = {*(args.methods or METHODS | VARIANTS), *ALWAYS} - left_out(args).keys()
     order = [name for family in ("sgd", "sam", "esam") for name in METHODS | VARIANTS if name.split("-")[0] == family]
     return [name for name in order if name in wanted]
 
@@ -382,6 +392,9 @@ def parse_args(argv: Sequence[str] | None) -> tuple[float, list[argparse.Namespa
             args = options.parse(parser, argv, dict.fromkeys(data.DATASETS, case | shape))
             del args.models, args.batch_sizes
             cases.append(args)
+    for name in asked.methods or ():
+        if all(name in left_out(args) for args in cases):
+            parser.error(f"--methods {name}: {left_out(cases[0])[name]}")
     return TIME_BUDGET[scale] if asked.time_budget is None else asked.time_budget, cases
 
 
@@ -391,6 +404,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     budget, cases = parse_args(argv)
     options.prepare(cases[0])
     for i, args in enumerate(cases):
+        gc.collect()  # under autocast a model and its forward refer to each other, and keep the last case's memory
         begin = perf_counter()
         share = (started + budget - begin) / (len(cases) - i)  # of what earlier cases have left
         batches, names = load_data(args), rows(args)

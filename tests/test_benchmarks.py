@@ -398,7 +398,8 @@ def test_step_cost_end_to_end(tmp_path, capsys, authors_clone):
     assert list(result["parts"])[-2:] == ["sum of the parts", "left over"]
     assert len(result["parts"]) == 9
     assert result["rounds"] == 1
-    assert -0.9 < result["aa_difference"] < 9
+    again = result["methods"]["sgd-again"]["time_over_sgd"]["median"]
+    assert result["aa_difference"] == pytest.approx(again - 1)
     assert 0.8 < result["steering"]["cosine"] <= 1
     assert 0.5 <= result["steering"]["overlap"] <= 1
     assert str(tmp_path) not in json.dumps(result)
@@ -435,6 +436,20 @@ def test_cases_have_their_own_defaults_unless_something_is_asked_for():
     assert shapes("cuda", "--models", "vit_s", "--width", "64", "--image-size", "64", "--batch-sizes", "2") == [
         ("vit_s", 64, 2, 64, 0.6)
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "sam", "sgd-bf16", "--amp", "fp16"], "--methods sgd-bf16: --amp sets the precision"),
+        (["--methods", "esam-authors"], "--methods esam-authors: --authors-code says where"),
+        (["--rounds", "0"], "--rounds and --batch-sizes must be at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        step_cost.main(arguments)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
