@@ -1,4 +1,4 @@
-"""Image data, wholly on the device as uint8, and the usual augmentation done there a batch at a time."""
+"""Image data, wholly on the device as uint8, with the usual augmentation done there, and random sequences of tokens."""
 
 import io
 import pickle
@@ -19,6 +19,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 DATASETS = ("digits", "cifar10")
+PADDING = -100  # the target of a token that no loss is taken of
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # images [n, channels, height, width] and their labels [n]
 
@@ -73,6 +74,31 @@ class ImageData:
     def normalize(self, images: Tensor) -> Tensor:
         """Float images that have mean 0 and deviation 1 in each channel over the training set."""
         return ((images.float() - self._mean) / self._std).contiguous(memory_format=self.memory_format)
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """Sequences of random tokens and of random lengths: what a step costs does not depend on what they say."""
+
+    vocabulary: int
+    context: int
+    device: torch.device
+    label = "random tokens"
+
+    def train_batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches without end: tokens and the next ones, int64 [b, context], with ``PADDING`` after a sequence's end.
+
+        Lengths are uniform from a quarter of the context to all of it.
+        """
+        place = torch.arange(self.context, device=self.device)
+        while True:
+            tokens = torch.randint(
+                self.vocabulary, (batch_size, self.context + 1), generator=generator, device=self.device
+            )
+            lengths = torch.randint(
+                self.context // 4, self.context + 1, (batch_size, 1), generator=generator, device=self.device
+            )
+            yield tokens[:, :-1].contiguous(), tokens[:, 1:].masked_fill(place >= lengths, PADDING)
 
 
 def augment(images: Tensor, pad: int, flip: bool, generator: torch.Generator) -> Tensor:

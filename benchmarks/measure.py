@@ -31,6 +31,19 @@ def ratio(values: Sequence[float], base: Sequence[float]) -> Spread:
     return spread([value / other for value, other in zip(values, base, strict=True)])
 
 
+def turn(count: int, number: int) -> list[int]:
+    """The order of ``count`` entries in round ``number``.
+
+    It rotates: in ``count`` rounds each entry has each place once. What precedes an entry changes too, so that what one
+    leaves behind (caches, clocks, the allocator) does not always meet the same other. It is a Williams design (1949):
+    in ``count`` rounds if that is even, else in twice as many, every entry follows every other one equally often.
+    """
+    zigzag = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(count)]
+    if number // count % 2:
+        zigzag.reverse()
+    return [(number + place) % count for place in zigzag]
+
+
 class Stopwatch:
     """Times what the device does between marks; the host waits for the device only when the laps are read."""
 

@@ -13,6 +13,7 @@ from .environment import cpu_has_bf16_matrix_units
 from .methods import Settings
 
 RESULTS = Path(__file__).parent / "results"
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Where the defaults of options come from; --data and --model choose. Those for CIFAR-10 are the paper's.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -31,15 +32,19 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that the benchmarks of training share."""
+def make_parser(description: str, many: bool = False) -> argparse.ArgumentParser:
+    """A parser with the shared options; with ``many``, those for networks and batch sizes take several."""
     parser = base_parser(description)
     add = parser.add_argument
     add("--data", choices=data.DATASETS, default="digits", help="default: %(default)s")
     add("--data-file", type=Path, metavar="PATH", help="CIFAR-10: the .tar.gz, its folder, or an .npz of JPEG files")
-    add("--model", choices=models.MODELS, help="default: small for digits, resnet18 for cifar10")
-    add("--width", type=int, help="channels of the first stage; for wrn28_10 the factor of width")
-    add("--batch-size", type=int, help="default: 128")
+    if many:
+        add("--models", nargs="+", choices=[*models.MODELS, *models.LANGUAGE_MODELS], help="default: several")
+        add("--batch-sizes", nargs="+", type=int, metavar="N", help="default: several, which depend on the network")
+    else:
+        add("--model", choices=models.MODELS, help="default: small for digits, resnet18 for cifar10")
+        add("--batch-size", type=int, help="default: 128")
+    add("--width", type=int, help="channels of the first stage or of a token; for wrn28_10 the factor of width")
     add("--channels-last", action="store_true", help="keep images and weights in channels-last order")
     add("--lr", type=float, help="peak learning rate; default: 0.1 for digits, 0.05 for cifar10")
     add("--momentum", type=float, default=0.9, help="default: %(default)s")
@@ -62,12 +67,16 @@ def parse(
 
 
 def images(args: argparse.Namespace) -> data.ImageData:
-    """The chosen data on the chosen device, after saying what may surprise there."""
-    device = torch.device(args.device)
-    if device.type == "cpu" and not cpu_has_bf16_matrix_units():
+    """The chosen data on the chosen device, after its preparation."""
+    prepare(args)
+    return data.load(args.data, args.data_file, torch.device(args.device), memory_format(args))
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Make the chosen device ready to be timed, after saying what may surprise there."""
+    if args.device == "cpu" and not cpu_has_bf16_matrix_units():
         print("This CPU has no bf16 matrix units: what runs in bf16 saves no time here.")
     torch.backends.cudnn.benchmark = True
-    return data.load(args.data, args.data_file, device, memory_format(args))
 
 
 def as_json(args: argparse.Namespace) -> dict[str, Any]:
@@ -77,7 +86,9 @@ def as_json(args: argparse.Namespace) -> dict[str, Any]:
 
 def settings(args: argparse.Namespace, **more: Any) -> Settings:
     """The optimizers' options, and more of them."""
-    return Settings(args.lr, args.momentum, args.weight_decay, args.rho, args.beta, args.gamma, **more)
+    shared = {name: getattr(args, name) for name in ("lr", "momentum", "weight_decay", "rho", "beta", "gamma")}
+    shared["amp"] = AMP.get(getattr(args, "amp", ""))  # some benchmarks have no such option
+    return Settings(**(shared | more))
 
 
 def network(args: argparse.Namespace, channels: int, classes: int, seed: int) -> nn.Module:

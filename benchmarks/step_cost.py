@@ -1,54 +1,108 @@
-"""What a step costs: SGD's, SAM's and ESAM's, and the passes that ESAM's is made of, each timed by itself.
+"""What a step costs: SGD's, SAM's and ESAM's, and the parts that ESAM's is made of, each timed by itself.
 
-The passes are written out below with torch and the operators alone, without the front end's protection against
-exceptions, batch statistics at perturbed weights and the rest: their sum is the floor under ESAM's whole step.
+Each case, a network with a batch size, is measured in rounds. In a round every method takes a step on the same batch,
+in an order that changes from round to round; SGD takes several, since all ratios are over it, and takes part a second
+time under another name: what the two differ by is noise.
+
+The parts of ESAM's step are written out below with torch and the operators alone, without the front end's protection
+against exceptions, of batch statistics and the rest, which is "left over" when they are taken from the whole step. The
+floor under it is less than that: the three passes and the base optimizer's step, with no weight moved and no sample
+selected. Whole, parts and floor have the same batch and the same draws, and are timed one right after the other.
 """
 
 import argparse
+import gc
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain, count
-from statistics import mean
+from pathlib import Path
+from statistics import mean, median
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import trange
+from tqdm import tqdm
 
 from esam_kernels import ops
+from esam_kernels.closure import Losses
 from esam_kernels.weight_mask import draw_tensors
 
-from . import data, options, record, tables
-from .measure import Stopwatch, ratio, spread
-from .methods import METHODS, Settings, Trainer, per_sample_loss, trainer
+from . import authors, data, models, options, record, tables
+from .measure import Stopwatch, ratio, spread, turn
+from .methods import (
+    BF16_ON_ITS_OWN,
+    METHODS,
+    VARIANTS,
+    Settings,
+    Trainer,
+    mean_loss,
+    per_sample_loss,
+    per_sequence_loss,
+    trainer,
+)
 
-IMAGE_SIZE = 32
-WARM_UP = 3  # rounds that are not counted
-# The same network for all data.
-RECIPES = {name: {"model": "resnet18", "batch_size": 64} for name in data.DATASETS} | {"resnet18": {"width": 32}}
+WARM_UP = 2  # rounds that are not counted
+VISITS = {"sgd": 3, "sgd-again": 3}  # steps in a round, of which the median counts; of all others one
+AGREEMENTS = 10  # rounds in which bf16 steering is compared with float32's
+ALWAYS = ("sgd", "sgd-again", "esam")
+BACKENDS = ("triton", "native", "reference")
+
+# The networks that are measured unless others are asked for, by device: their sizes and their batch sizes.
+CASES: dict[str, dict[str, dict[str, Any]]] = {
+    "cpu": {
+        "gpt": {"width": 128, "vocabulary": 1024, "context": 64, "batch_sizes": [16]},
+        "vit_s": {"width": 128, "batch_sizes": [64]},
+        "resnet18": {"width": 32, "batch_sizes": [8, 64, 128]},
+    },
+    "cuda": {
+        "resnet18": {"batch_sizes": [8, 64, 128, 512]},
+        "resnet50": {"batch_sizes": [8, 64, 128, 512]},
+        "wrn28_10": {"batch_sizes": [8, 128]},
+        "vit_s": {"image_size": 224, "patch_size": 16, "batch_sizes": [8, 64, 128]},
+        "gpt": {"vocabulary": 50257, "context": 1024, "batch_sizes": [2, 8, 16]},
+    },
+    "quick": {
+        "gpt": {"width": 64, "vocabulary": 256, "context": 32, "batch_sizes": [8]},
+        "vit_s": {"width": 64, "batch_sizes": [8]},
+        "resnet18": {"width": 16, "batch_sizes": [32]},
+    },
+}
+TIME_BUDGET = {"cpu": 300, "cuda": 480, "quick": 40}
 
 
-def parts_of_step(floor: Trainer, inputs: Tensor, targets: Tensor, weights: list[nn.Parameter]) -> Iterator[str]:
+# ESAM's step in parts.
+
+
+def parts_of_step(bare: Trainer, inputs: Tensor, targets: Tensor, weights: list[nn.Parameter]) -> Iterator[str]:
     """One ESAM step, yielding the name of each part when it has been given to the device."""
-    model, settings = floor.model, floor.settings
-    before, grads = ascend(model, inputs, targets, weights)
+    before, grads = ascend(bare, inputs, targets, weights)
     yield "pass 1, forward and drawn gradients"
     backups = [torch.empty_like(param) for param in weights]
-    perturb(weights, grads, backups, settings)
+    perturb(weights, grads, backups, bare.settings)
     yield "perturb"
-    after = look(model, inputs, targets)
+    after = look(bare, inputs, targets)
     yield "pass 2, forward"
-    index = ops.select_top(before, after, selected(settings, len(targets)))
+    index = ops.select_top(before, after, selected(bare.settings, len(targets)))
     yield "select"
-    floor.backward(inputs.index_select(0, index), targets.index_select(0, index))
+    bare.backward(inputs.index_select(0, index), targets.index_select(0, index))
     yield "pass 3, forward and backward of the selected"
     ops.restore_(weights, backups)
     yield "restore"
-    floor.optimizer.step()
+    base_step(bare)
     yield "base step"
+
+
+def floor_of_step(bare: Trainer, inputs: Tensor, targets: Tensor, weights: list[nn.Parameter]) -> None:
+    """The three passes of ESAM's step and the base optimizer's step, on the first samples instead of selected ones."""
+    ascend(bare, inputs, targets, weights)
+    look(bare, inputs, targets)
+    size = selected(bare.settings, len(targets))
+    bare.backward(inputs[:size], targets[:size])
+    base_step(bare)
 
 
 def drawn(weights: list[nn.Parameter], settings: Settings, step: int) -> list[nn.Parameter]:
@@ -57,12 +111,12 @@ def drawn(weights: list[nn.Parameter], settings: Settings, step: int) -> list[nn
 
 
 def ascend(
-    model: nn.Module, inputs: Tensor, targets: Tensor, weights: list[nn.Parameter], dtype: torch.dtype | None = None
+    bare: Trainer, inputs: Tensor, targets: Tensor, weights: list[nn.Parameter], dtype: torch.dtype | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Losses, and the gradients of the drawn weights."""
     with autocast(inputs.device, dtype):
-        losses = per_sample_loss(model(inputs), targets)
-    return losses.detach(), torch.autograd.grad(losses.mean(), weights)
+        losses = bare.loss_fn(bare.model(inputs), targets)
+    return unweighted(losses), torch.autograd.grad(bare.scaler.scale(mean_loss(losses)), weights)
 
 
 def perturb(weights: list[nn.Parameter], grads: Sequence[Tensor], backups: list[Tensor], settings: Settings) -> None:
@@ -72,10 +126,21 @@ def perturb(weights: list[nn.Parameter], grads: Sequence[Tensor], backups: list[
 
 
 @torch.no_grad()
-def look(model: nn.Module, inputs: Tensor, targets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def look(bare: Trainer, inputs: Tensor, targets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Losses at the weights as they are."""
     with autocast(inputs.device, dtype):
-        return per_sample_loss(model(inputs), targets)
+        return unweighted(bare.loss_fn(bare.model(inputs), targets))
+
+
+def base_step(bare: Trainer) -> None:
+    """The base optimizer's step, through the loss scaler."""
+    bare.scaler.step(bare.optimizer)
+    bare.scaler.update()
+
+
+def unweighted(losses: Losses) -> Tensor:
+    """The losses alone, without their graph."""
+    return (losses if isinstance(losses, Tensor) else losses[0]).detach()
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
@@ -88,109 +153,266 @@ def selected(settings: Settings, size: int) -> int:
     return max(1, int(settings.gamma * size))
 
 
-def agreement(floor: Trainer, inputs: Tensor, targets: Tensor, weights: list[nn.Parameter]) -> tuple[float, float]:
+def agreement(bare: Trainer, inputs: Tensor, targets: Tensor, weights: list[nn.Parameter]) -> tuple[float, float]:
     """How well bf16 steers: cosine of its ascent gradient with float32's, and share of samples selected alike."""
     directions, chosen = [], []
     for dtype in (None, torch.bfloat16):
-        before, grads = ascend(floor.model, inputs, targets, weights, dtype)
+        before, grads = ascend(bare, inputs, targets, weights, dtype)
         backups = [torch.empty_like(param) for param in weights]
-        perturb(weights, grads, backups, floor.settings)
-        after = look(floor.model, inputs, targets, dtype)
+        perturb(weights, grads, backups, bare.settings)
+        after = look(bare, inputs, targets, dtype)
         ops.restore_(weights, backups)
         directions.append(torch.cat([grad.flatten().double() for grad in grads]))
-        chosen.append(ops.select_top(before, after, selected(floor.settings, len(targets))))
+        chosen.append(ops.select_top(before, after, selected(bare.settings, len(targets))))
     exact, steered = directions
     return nn.functional.cosine_similarity(exact, steered, dim=0).item(), torch.isin(*chosen).double().mean().item()
 
 
-def large_images(args: argparse.Namespace) -> data.ImageData:
-    """The chosen data as RGB images of 32x32 pixels, the size of CIFAR's; smaller ones by repeating pixels."""
-    images = options.images(args)
-    factor = IMAGE_SIZE // images.train_images.shape[-1]
-    pixels = images.train_images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    return replace(images, train_images=pixels.expand(-1, 3, -1, -1), pad=images.pad * factor)
+# A case: a network, its data, and the methods that make sense there.
 
 
-def measure(args: argparse.Namespace, images: data.ImageData) -> dict[str, Any]:
+def load_data(args: argparse.Namespace) -> data.ImageData | data.TokenData:
+    """Random tokens for a language model; else the chosen images in RGB and of the size asked for, by repeating pixels.
+
+    Raises:
+        ValueError: if there are fewer images than the batch needs, or their size does not divide that asked for.
+    """
+    device = torch.device(args.device)
+    if args.model in models.LANGUAGE_MODELS:
+        return data.TokenData(args.vocabulary, args.context, device)
+    images = data.load(args.data, args.data_file, device, options.memory_format(args))
+    if len(images.train_images) < args.batch_size:
+        raise ValueError(f"--batch-sizes {args.batch_size}: {images.label} has {len(images.train_images)} images only")
+    size = images.train_images.shape[-1]
+    if args.image_size % size:
+        raise ValueError(f"--image-size {args.image_size}: a multiple of {size}, the size of {images.label}, is needed")
+    factor, needed = args.image_size // size, 8 * args.batch_size  # more of them would take memory for nothing
+    pixels = images.train_images[:needed].repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    labels = images.train_labels[:needed]
+    return replace(images, train_images=pixels.expand(-1, 3, -1, -1), train_labels=labels, pad=images.pad * factor)
+
+
+def network(args: argparse.Namespace, seed: int) -> nn.Module:
+    """The case's network with the initial weights of a seed, on the device."""
+    shape = {"vocabulary": args.vocabulary, "context": args.context}
+    if args.model not in models.LANGUAGE_MODELS:
+        shape = {"image_size": args.image_size, "patch_size": args.patch_size} if args.model == "vit_s" else {}
+    model = models.build(args.model, width=args.width, seed=seed, **shape)
+    return model.to(args.device, memory_format=options.memory_format(args))  # type: ignore[call-overload]
+
+
+def serving_backend(device: str) -> str:
+    """The backend that serves float32 weights on the device."""
+    return ops.explain(torch.zeros(1, device=device)).partition(";")[0]
+
+
+def left_out(args: argparse.Namespace) -> dict[str, str]:
+    """The methods that make no sense in a case, and why."""
+    why = dict.fromkeys(BF16_ON_ITS_OWN, "--amp sets the precision of all passes") if args.amp else {}
+    if args.authors_code is None:
+        why["esam-authors"] = "--authors-code says where it is"
+    elif args.model in models.LANGUAGE_MODELS:
+        why["esam-authors"] = "the authors' code takes no weights of samples"
+    default = serving_backend(args.device)
+    for backend in BACKENDS:
+        with ops.use_backend(backend):
+            if backend == default:
+                why[f"esam-{backend}"] = f"it is what the row esam has on {args.device}"
+            elif serving_backend(args.device) != backend:
+                why[f"esam-{backend}"] = f"this backend does not serve {args.device} here"
+    return why
+
+
+def rows(args: argparse.Namespace) -> list[str]:
+    """The names of the methods that are measured: those asked for that make sense, family by family."""
+    wanted = {*(args.methods or METHODS | VARIANTS), *ALWAYS} - left_out(args).keys()
+    order = [name for family in ("sgd", "sam", "esam") for name in METHODS | VARIANTS if name.split("-")[0] == family]
+    return [name for name in order if name in wanted]
+
+
+# Measurement.
+
+
+def measure(
+    args: argparse.Namespace, batches: data.ImageData | data.TokenData, names: list[str], deadline: float
+) -> dict[str, Any]:
     """Seconds of each method's step and of each part of ESAM's, and how well bf16 steers, in every round.
 
-    Within a round all see the same batch, in an order that rotates, and the parts have the draws of ESAM's own step.
+    There are at most ``args.rounds`` rounds, and none after the first that would end after the deadline.
     """
-    device, settings = torch.device(args.device), options.settings(args)
+    device = torch.device(args.device)
+    esam = authors.load(args.authors_code) if args.authors_code else None
+    settings = options.settings(args, authors_esam=esam)
+    loss_fn = per_sequence_loss if isinstance(batches, data.TokenData) else per_sample_loss
 
     def start(name: str) -> Trainer:
-        return trainer(name, options.network(args, images.channels, images.classes, settings.seed), settings, device)
+        return trainer(name, network(args, settings.seed), settings, device, loss_fn)
 
-    trainers, floor = {name: start(name) for name in METHODS}, start("sgd")
-    weights = list(floor.model.parameters())
+    trainers, in_parts, passes = {name: start(name) for name in names}, start("sgd"), start("sgd")
     stopwatch = Stopwatch(device)
-    methods: dict[str, list[float]] = {name: [] for name in trainers}
+    visits: dict[str, list[float]]
     parts: dict[str, list[float]] = defaultdict(list)
+    floor: list[float] = []
+    methods: dict[str, list[float]] = {name: [] for name in names}
     agreements = []
 
     def time_method(name: str) -> None:
+        steps = trainers[name].settings.interval  # all kinds of steps that it takes
         stopwatch.mark()
-        trainers[name].step(inputs, targets)
+        for _ in range(steps):
+            trainers[name].step(inputs, targets)
         stopwatch.mark()
-        methods[name] += stopwatch.laps()
+        visits[name].append(stopwatch.laps()[0] / steps)
 
     def time_parts() -> None:
+        weights = draws(in_parts)
         stopwatch.mark()
-        names = []
-        for name in parts_of_step(floor, inputs, targets, perturbed):
+        found = []
+        for name in parts_of_step(in_parts, inputs, targets, weights):
             stopwatch.mark()
-            names.append(name)
-        for name, seconds in zip(names, stopwatch.laps()):
+            found.append(name)
+        for name, seconds in zip(found, stopwatch.laps()):
             parts[name].append(seconds)
 
-    work = [partial(time_method, name) for name in trainers] + [time_parts]
+    def time_floor() -> None:
+        weights = draws(passes)
+        stopwatch.mark()
+        floor_of_step(passes, inputs, targets, weights)
+        stopwatch.mark()
+        floor.extend(stopwatch.laps())
+
+    def draws(bare: Trainer) -> list[nn.Parameter]:
+        return drawn(list(bare.model.parameters()), settings, number)
+
+    def time_esam() -> None:
+        take_turns([partial(time_method, "esam"), time_parts, time_floor])
+
+    def take_turns(work: Sequence[Callable[[], None]]) -> None:
+        for i in turn(len(work), number):
+            work[i]()
+
+    work = [partial(time_method, name) for name in names if name != "esam" for _ in range(VISITS.get(name, 1))]
     generator = torch.Generator(device).manual_seed(settings.seed)
-    epochs = (images.train_batches(args.batch_size, generator) for _ in count())
-    rounds = trange(WARM_UP + args.rounds, unit="round")
-    for number, (inputs, targets) in zip(rounds, chain.from_iterable(epochs)):
-        perturbed = drawn(weights, settings, number)
-        turn = number % len(work)
-        for time in work[turn:] + work[:turn]:
-            time()
-        agreements.append(agreement(floor, inputs, targets, perturbed))
+    epochs = (batches.train_batches(args.batch_size, generator) for _ in count())
+    longest = 0.0
+    progress = tqdm(range(WARM_UP + args.rounds), f"{args.model}, batch {args.batch_size}", unit="round")
+    for number, (inputs, targets) in zip(progress, chain.from_iterable(epochs)):
+        begin = perf_counter()
+        if number > WARM_UP and begin + longest > deadline:
+            break
+        visits = defaultdict(list)
+        take_turns([*work, time_esam])
+        for name, seconds in visits.items():
+            methods[name].append(median(seconds))
+        if settings.amp is None and number < WARM_UP + AGREEMENTS:
+            agreements.append(agreement(in_parts, inputs, targets, draws(in_parts)))
+        longest = perf_counter() - begin if number < WARM_UP else max(longest, perf_counter() - begin)
     counted = slice(WARM_UP, None)
     return {
         "methods": {name: seconds[counted] for name, seconds in methods.items()},
         "parts": {name: seconds[counted] for name, seconds in parts.items()},
+        "floor": floor[counted],
         "agreements": agreements[counted],
     }
 
 
 def summarize(measured: dict[str, Any]) -> dict[str, Any]:
-    """Medians and quartiles of the times, and of their ratios within a round."""
+    """Medians and quartiles of the times, and of their ratios within a round.
+
+    ``aa_difference`` is by how much SGD, entered a second time, differs from itself in the median of the ratios.
+    """
     methods, parts = measured["methods"], dict(measured["parts"])
-    parts["sum of the parts"] = [sum(seconds) for seconds in zip(*parts.values())]
-    cosines, overlaps = zip(*measured["agreements"])
+    whole, total = methods["esam"], [sum(seconds) for seconds in zip(*parts.values())]
+    parts["sum of the parts"] = total
+    parts["left over"] = [a - b for a, b in zip(whole, total)]
 
     def row(seconds: list[float]) -> dict[str, Any]:
         return {"seconds": spread(seconds)._asdict(), "time_over_sgd": ratio(seconds, methods["sgd"])._asdict()}
 
+    cosines, overlaps = zip(*measured["agreements"]) if measured["agreements"] else ((), ())
     return {
-        "methods": {name: {"label": METHODS[name].label, **row(seconds)} for name, seconds in methods.items()},
+        "rounds": len(whole),
+        "methods": {
+            name: {"label": (METHODS | VARIANTS)[name].label, **row(seconds)} for name, seconds in methods.items()
+        },
+        "aa_difference": ratio(methods["sgd-again"], methods["sgd"]).median - 1,
         "parts": {name: row(seconds) for name, seconds in parts.items()},
-        "whole_over_parts": ratio(methods["esam"], parts["sum of the parts"])._asdict(),
-        "steering": {"cosine": mean(cosines), "overlap": mean(overlaps)},
+        "whole_over_parts": ratio(whole, total)._asdict(),
+        "floor": row(measured["floor"]),
+        "whole_over_floor": ratio(whole, measured["floor"])._asdict(),
+        "steering": {"cosine": mean(cosines), "overlap": mean(overlaps)} if cosines else None,
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Time the steps in turns, write the result and print the tables."""
-    parser = options.make_parser(__doc__ or "")
-    parser.add_argument(
-        "--rounds", type=int, default=30, help="every method takes a step in each; default: %(default)s"
+# The command line.
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options; a case's own defaults are not in it."""
+    parser = options.make_parser(__doc__ or "", many=True)
+    add = parser.add_argument
+    add("--methods", nargs="+", choices=METHODS | VARIANTS, help=f"beside {', '.join(ALWAYS)}; default: all")
+    add("--amp", choices=options.AMP, help="train under autocast; fp16 with a GradScaler")
+    add("--image-size", type=int, default=32, help="pixels; default: 32, for vit_s on a GPU 224")
+    add("--patch-size", type=int, default=4, help="of vit_s, pixels; default: 4, on a GPU 16")
+    add("--vocabulary", type=int, default=50257, help="of gpt, tokens; default: 50257, on a CPU 1024")
+    add("--context", type=int, default=1024, help="of gpt, tokens in a sequence; default: 1024, on a CPU 64")
+    add("--rounds", type=int, default=50, help="at most so many for each case; default: %(default)s")
+    add(
+        "--time-budget",
+        type=float,
+        metavar="SECONDS",
+        help="of the whole job, which its cases share; each takes a round in any case; default: 300, on a GPU 480",
     )
-    args = options.parse(parser, argv, RECIPES)
-    if args.rounds < 1:
-        parser.error("--rounds must be at least 1")
-    images = large_images(args)
-    result = record.header("step_cost", images.label, args) | summarize(measure(args, images))
-    record.save(result, args.output, f"step_cost_{args.device}")
-    print(tables.step_cost(result))
+    add("--quick", action="store_true", help="small networks, in less than a minute")
+    add("--authors-code", type=Path, metavar="FOLDER", help="a clone of github.com/dydjw9/Efficient_SAM, as a row")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None) -> tuple[float, list[argparse.Namespace]]:
+    """The time budget in seconds, and for each case its command line, checked."""
+    parser = make_parser()
+    asked = parser.parse_args(argv)
+    scale = "quick" if asked.quick else asked.device
+    if min(asked.rounds, *(asked.batch_sizes or [1])) < 1:
+        parser.error("--rounds and --batch-sizes must be at least 1")
+    if asked.authors_code is not None:
+        try:
+            authors.load(asked.authors_code)
+        except ValueError as error:
+            parser.error(f"--authors-code: {error}")
+    cases = []
+    for model in asked.models or CASES[scale]:
+        shape = dict(CASES[scale].get(model, {}))
+        default_sizes = shape.pop("batch_sizes", [64])
+        for batch_size in asked.batch_sizes or default_sizes:
+            case = {"model": model, "batch_size": batch_size}
+            parser = make_parser()
+            parser.set_defaults(**case)
+            args = options.parse(parser, argv, dict.fromkeys(data.DATASETS, case | shape))
+            del args.models, args.batch_sizes
+            cases.append(args)
+    for name in asked.methods or ():
+        if all(name in left_out(args) for args in cases):
+            parser.error(f"--methods {name}: {left_out(cases[0])[name]}")
+    return TIME_BUDGET[scale] if asked.time_budget is None else asked.time_budget, cases
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure each case, write its result and print its tables."""
+    started = perf_counter()
+    budget, cases = parse_args(argv)
+    options.prepare(cases[0])
+    for i, args in enumerate(cases):
+        gc.collect()  # under autocast a model and its forward refer to each other, and keep the last case's memory
+        begin = perf_counter()
+        share = (started + budget - begin) / (len(cases) - i)  # of what earlier cases have left
+        batches, names = load_data(args), rows(args)
+        result = record.header("step_cost", batches.label, args) | {"backend": serving_backend(args.device)}
+        result |= summarize(measure(args, batches, names, begin + share))
+        amp = f"_{args.amp}" if args.amp else ""
+        record.save(result, args.output, f"step_cost_{args.device}_{args.model}_b{args.batch_size}{amp}")
+        print(tables.step_cost(result), end="\n\n")
 
 
 if __name__ == "__main__":

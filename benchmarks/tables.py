@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+from .models import LANGUAGE_MODELS
+
 
 class Table(NamedTuple):
     """A table as it is read back from its Markdown."""
@@ -89,30 +91,35 @@ def train(result: dict[str, Any]) -> str:
 
 
 def step_cost(result: dict[str, Any]) -> str:
-    """The tables of a step's cost: the methods, the parts of ESAM's step, and how well bf16 steers."""
-    methods = [
-        [method["label"], _milliseconds(method["seconds"]), _ratio(method["time_over_sgd"])]
-        for method in result["methods"].values()
-    ]
-    parts = [
-        [name, _milliseconds(part["seconds"]), _ratio(part["time_over_sgd"])] for name, part in result["parts"].items()
-    ]
+    """The tables of a step's cost: the methods, the parts of ESAM's step with its floor, and how well bf16 steers."""
+    methods = [[method["label"], *_time(method)] for method in result["methods"].values()]
+    parts = [[name, *_time(part)] for name, part in result["parts"].items()]
+    parts.append(["floor: the passes and the base step alone", *_time(result["floor"])])
     settings, steering = result["settings"], result["steering"]
-    width = f" of width {settings['width']}" if settings["width"] else ""
-    whole = f"ESAM's whole step takes {_ratio(result['whole_over_parts'])} times the sum of its parts."
-    quality = (
-        f"Steered in bf16, the ascent gradient has a cosine of {steering['cosine']:.4f} with float32's, and "
-        f"{100 * steering['overlap']:.1f} % of the selected samples are the same."
+    findings = (
+        f"ESAM's whole step takes {_ratio(result['whole_over_parts'])} times the sum of its parts and "
+        f"{_ratio(result['whole_over_floor'])} times its floor. SGD, entered a second time, differs from itself by "
+        f"{100 * result['aa_difference']:+.1f} %."
     )
+    if steering:
+        findings += (
+            f" Steered in bf16, the ascent gradient has a cosine of {steering['cosine']:.4f} with float32's, and "
+            f"{100 * steering['overlap']:.1f} % of the selected samples are the same."
+        )
+    width = f" of width {settings['width']}" if settings["width"] else ""
+    amp = f", {settings['amp']} autocast" if settings["amp"] else ""
+    size = f"{settings['image_size']}x{settings['image_size']} images ({result['data']})"
+    if settings["model"] in LANGUAGE_MODELS:
+        size = f"sequences of up to {settings['context']} out of {settings['vocabulary']} tokens"
     caption = (
-        f"{settings['model']}{width}, batch {settings['batch_size']}, 32x32 images ({result['data']}), medians and "
-        f"quartiles of {settings['rounds']} interleaved rounds. {machine(result)}"
+        f"{settings['model']}{width}, batch {settings['batch_size']}{amp}, {size}, medians and quartiles of "
+        f"{result['rounds']} interleaved rounds; operators: {result['backend']}. {machine(result)}"
     )
     return "\n\n".join(
         [
             table(["step", "ms", "over SGD"], methods),
             table(["part of ESAM's step", "ms", "over SGD"], parts),
-            f"{whole} {quality}",
+            findings,
             caption,
         ]
     )
@@ -218,6 +225,10 @@ def _cost(time_over_sgd: dict[str, float] | None) -> str:
 
 def _megabytes(size: int | None) -> str:
     return "" if size is None else f"{size / 1e6:.1f}"
+
+
+def _time(row: dict[str, Any]) -> list[str]:
+    return [_milliseconds(row["seconds"]), _ratio(row["time_over_sgd"])]
 
 
 def _milliseconds(seconds: dict[str, float]) -> str:

@@ -19,7 +19,6 @@ from . import data, options, plots, record, tables
 from .measure import Stopwatch, peak_memory, ratio, spread
 from .methods import BF16_ON_ITS_OWN, METHODS, trainer
 
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TEST_BATCH = 1000
 
 Curves = dict[str, list[list[dict[str, float]]]]  # for each method, for each seed, for each epoch
@@ -37,7 +36,7 @@ class Run:
         self.batch_size = args.batch_size
         device = torch.device(args.device)
         model = options.network(args, images.channels, images.classes, seed)
-        self.trainer = trainer(name, model, options.settings(args, amp=AMP.get(args.amp), seed=seed), device)
+        self.trainer = trainer(name, model, options.settings(args, seed=seed), device)
         self.scheduler = CosineAnnealingLR(self.trainer.optimizer, T_max=args.epochs)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.stopwatch = Stopwatch(device)
@@ -137,7 +136,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of the whole job; it stops after the last epoch that fits, at the earliest after one",
     )
     add("--seeds", type=int, default=3, help="how many; default: %(default)s")
-    add("--amp", choices=AMP, help="train under autocast; fp16 with a GradScaler")
+    add("--amp", choices=options.AMP, help="train under autocast; fp16 with a GradScaler")
     args = options.parse(parser, argv, {"digits": {"epochs": 40}, "cifar10": {"epochs": 200}})
     if args.optimizers is None:
         args.optimizers = [name for name in METHODS if not (args.amp and name in BF16_ON_ITS_OWN)]

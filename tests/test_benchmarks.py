@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import data, models, step_cost, train
+from benchmarks import authors, data, models, step_cost, train
 from benchmarks.measure import Stopwatch, peak_memory, ratio, spread
-from benchmarks.methods import METHODS, Settings, trainer
+from benchmarks.methods import METHODS, VARIANTS, Settings, mean_loss, per_sample_loss, per_sequence_loss, trainer
+from esam_kernels import ops
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(lr=0.05, momentum=0.9, weight_decay=5e-4, rho=0.05, beta=0.6, gamma=0.5)
@@ -124,15 +125,52 @@ def test_batches_are_shuffled_normalized_and_the_same_for_the_same_seed():
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "tensors"),
-    [("resnet18", 11_173_962, 62), ("wrn28_10", 36_479_194, None), ("small", None, None)],
+    ("name", "shape", "parameters", "tensors"),
+    [
+        ("resnet18", {}, 11_173_962, 62),
+        ("resnet50", {}, 23_520_842, 161),
+        ("wrn28_10", {}, 36_479_194, None),
+        ("vit_s", {"image_size": 224, "patch_size": 16, "classes": 1000}, 22_050_664, None),
+        ("vit_s", {}, None, None),
+        ("small", {}, None, None),
+    ],
 )
-def test_networks_have_the_published_sizes(name, parameters, tensors):
+def test_networks_have_the_published_sizes(name, shape, parameters, tensors):
+    size = shape.get("image_size", 32)
     with torch.device("meta"):
-        model = models.build(name)
-        assert model(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+        model = models.build(name, **shape)
+        assert model(torch.empty(2, 3, size, size)).shape == (2, shape.get("classes", 10))
     assert parameters in (None, sum(param.numel() for param in model.parameters()))
     assert tensors in (None, len(list(model.parameters())))
+
+
+def test_gpt_has_the_published_size():
+    with torch.device("meta"):
+        model = models.build("gpt")
+        assert model(torch.empty(2, 16, dtype=torch.int64)).shape == (2, 16, 50257)
+    assert sum(param.numel() for param in model.parameters()) == 124_439_808
+
+
+def test_gpt_sees_no_later_token_and_every_earlier_one():
+    model = models.build("gpt", width=64, vocabulary=10, context=8)
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]])
+    other = torch.tensor([[1, 2, 3, 4, 9, 6, 7, 8]])
+    differs = (model(tokens) != model(other)).any(2)
+    assert differs.tolist() == [[False] * 4 + [True] * 4]
+
+
+def test_vit_tells_places_apart_and_takes_smaller_images():
+    model = models.build("vit_s", width=64, channels=1)
+    images = torch.randn(2, 1, 32, 32)
+    assert not torch.allclose(model(images), model(images.roll(4, 2)), atol=1e-4)
+    assert model(images[:, :, :8, :8]).shape == (2, 10)
+
+
+def test_transformers_refuse_shapes_that_do_not_divide():
+    with pytest.raises(ValueError, match="patches of 5"):
+        models.build("vit_s", width=64, patch_size=5)
+    with pytest.raises(ValueError, match="width 200 cannot be shared by 3 heads"):
+        models.build("gpt", width=200)
 
 
 def test_networks_start_from_the_weights_of_their_seed():
@@ -144,8 +182,12 @@ def test_networks_start_from_the_weights_of_their_seed():
 # Methods.
 
 
+# All but one that needs a clone, and one that Triton's interpreter takes seconds for.
+RUNNABLE = [name for name in METHODS | VARIANTS if name not in ("esam-authors", "esam-triton")]
+
+
 @pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", RUNNABLE)
 def test_every_method_trains_in_every_precision(name, amp):
     model = models.build("small", width=4, channels=1)
     method = trainer(name, model, replace(SETTINGS, lr=0.3, amp=amp), CPU)
@@ -157,7 +199,7 @@ def test_every_method_trains_in_every_precision(name, amp):
     assert all(param.dtype == torch.float32 for param in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["sgd", "sam", "esam"])
+@pytest.mark.parametrize("name", ["sgd", "sam", "sam-davda54", "esam"])
 def test_fp16_skips_a_step_that_overflows_and_backs_off(name):
     model = models.build("small", width=4, channels=1)
     method = trainer(name, model, replace(SETTINGS, amp=torch.float16), CPU)
@@ -166,6 +208,93 @@ def test_fp16_skips_a_step_that_overflows_and_backs_off(name):
     method.step(torch.randn(8, 1, 8, 8), torch.arange(8))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert method.scaler.get_scale() == 2.0**99
+
+
+@pytest.mark.parametrize("amp", [None, torch.float16])
+def test_both_implementations_of_sam_take_the_same_steps(amp):
+    settings = replace(SETTINGS, amp=amp)
+    one, other = (
+        trainer(name, models.build("small", width=4, channels=1), settings, CPU) for name in ("sam", "sam-davda54")
+    )
+    start = [param.clone() for param in one.model.parameters()]
+    for inputs, targets in load("digits").train_batches(64, torch.Generator().manual_seed(0)):
+        losses = [method.step(inputs, targets) for method in (one, other)]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+        states = [list(method.model.state_dict().values()) for method in (one, other)]
+        torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)
+    assert not any(torch.equal(a, b) for a, b in zip(start, one.model.parameters()))
+
+
+def test_rows_of_backends_use_them(monkeypatch):
+    calls = []
+    monkeypatch.setattr(ops.reference, "perturb_", lambda *arguments: calls.append(arguments))
+    method = trainer("esam-reference", models.build("small", width=4, channels=1), SETTINGS, CPU)
+    method.step(torch.randn(8, 1, 8, 8), torch.arange(8))
+    assert len(calls) == 1
+
+
+def test_sequences_weigh_as_many_tokens_as_they_have():
+    images = data.TokenData(vocabulary=7, context=12, device=CPU)
+    tokens, targets = next(images.train_batches(64, torch.Generator().manual_seed(0)))
+    assert tokens.shape == targets.shape == (64, 12)
+    real = targets != data.PADDING
+    assert torch.equal(targets[:, :-1][real[:, :-1]], tokens[:, 1:][real[:, :-1]])  # the next token
+    assert real.int().diff(dim=1).max() <= 0  # padding is at the end
+    logits = torch.randn(64, 12, 7)
+    losses, counts = per_sequence_loss(logits, targets)
+    assert counts.tolist() == real.sum(1).tolist()
+    assert set(counts.tolist()) == set(range(3, 13))
+    flat = torch.nn.functional.cross_entropy(logits[real], targets[real])  # over all tokens alike
+    torch.testing.assert_close(mean_loss((losses, counts)), flat)
+
+
+# The authors' code: a class of the same interface stands in for it.
+
+AUTHORS_INTERFACE = """
+import torch
+
+class ESAM(torch.optim.Optimizer):
+    def __init__(self, params, base_optimizer, rho=0.05, beta=1.0, gamma=1.0, adaptive=False, **kwargs):
+        super().__init__(params, {"rho": rho})
+        self.base_optimizer, self.rho, self.beta, self.gamma = base_optimizer, rho, beta, gamma
+        self.param_groups, self.paras = base_optimizer.param_groups, None
+
+    def step(self):
+        inputs, targets, loss_fct, model, defined_backward = self.paras
+        self.zero_grad()
+        losses = loss_fct(model(inputs), targets)
+        defined_backward(losses.mean())
+        self.base_optimizer.step()
+        self.returnthings = (None, losses.detach())
+"""
+
+
+@pytest.fixture
+def authors_clone(tmp_path):
+    (tmp_path / "clone" / "utils").mkdir(parents=True)
+    (tmp_path / "clone" / authors.FILE).write_text(AUTHORS_INTERFACE)
+    return tmp_path / "clone"
+
+
+@pytest.mark.parametrize("amp", [None, torch.float16])
+def test_the_authors_code_is_given_what_it_expects(authors_clone, amp):
+    settings = replace(SETTINGS, amp=amp, authors_esam=authors.load(authors_clone))
+    one, sgd = (
+        trainer(name, models.build("small", width=4, channels=1), settings, CPU) for name in ("esam-authors", "sgd")
+    )
+    assert (one.optimizer.rho, one.optimizer.beta, one.optimizer.gamma) == (0.05, 0.6, 0.5)
+    for inputs, targets in load("digits").train_batches(64, torch.Generator().manual_seed(0)):
+        assert torch.equal(one.step(inputs, targets), sgd.step(inputs, targets))
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), sgd.model.parameters()))
+
+
+def test_a_folder_without_the_authors_code_is_refused(tmp_path, authors_clone, capsys):
+    with pytest.raises(SystemExit):
+        step_cost.main(["--quick", "--authors-code", str(tmp_path)])
+    assert "utils/Esam.py does not exist: give the folder of a clone" in capsys.readouterr().err
+    (authors_clone / authors.FILE).write_text("x = 1")
+    with pytest.raises(ValueError, match="has no class ESAM"):
+        authors.load(authors_clone)
 
 
 # Measurements.
@@ -251,27 +380,109 @@ def test_defaults_follow_the_paper_unless_given():
     assert (args.model, args.rho, args.beta, args.gamma, args.batch_size) == ("resnet18", 0.05, 0.6, 0.5, 128)
 
 
-def test_step_cost_end_to_end(tmp_path, capsys):
-    step_cost.main(
-        ["--model", "small", "--width", "4", "--batch-size", "16", "--rounds", "2", "--output", str(tmp_path)]
-    )
-    assert "times the sum of its parts" in capsys.readouterr().out
-    result = json.loads((tmp_path / "step_cost_cpu.json").read_text())
-    assert list(result["methods"]) == list(METHODS)
-    assert list(result["parts"])[-1] == "sum of the parts"
-    assert len(result["parts"]) == 8
+def run_step_cost(folder, *arguments):
+    """One counted round of a tiny network."""
+    step_cost.main(["--width", "4", "--batch-sizes", "16", "--rounds", "1", "--output", str(folder), *arguments])
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("step_cost_*.json"))]
+
+
+def test_step_cost_end_to_end(tmp_path, capsys, authors_clone):
+    (result,) = run_step_cost(tmp_path, "--models", "small", "--authors-code", str(authors_clone))
+    assert [path.name for path in tmp_path.glob("*.json")] == ["step_cost_cpu_small_b16.json"]
+    printed = capsys.readouterr().out
+    assert "times the sum of its parts" in printed
+    assert all(method["label"] in printed for method in result["methods"].values())
+    absent = {*METHODS, *VARIANTS} - {*result["methods"]}  # backends that do not serve, and that of the row "ESAM"
+    assert {f"esam-{result['backend']}"} <= absent <= {f"esam-{backend}" for backend in step_cost.BACKENDS}
+    assert list(result["parts"])[-2:] == ["sum of the parts", "left over"]
+    assert len(result["parts"]) == 9
+    assert result["rounds"] == 1
+    again = result["methods"]["sgd-again"]["time_over_sgd"]["median"]
+    assert result["aa_difference"] == pytest.approx(again - 1)
     assert 0.8 < result["steering"]["cosine"] <= 1
     assert 0.5 <= result["steering"]["overlap"] <= 1
+    assert str(tmp_path) not in json.dumps(result)
 
 
-def test_the_parts_are_the_step():
+def test_step_cost_of_several_networks_with_token_weights_and_under_autocast(tmp_path, capsys):
+    shape = ["--vocabulary", "16", "--context", "8"]
+    results = run_step_cost(tmp_path, "--models", "gpt", "small", "--methods", "sam", "--amp", "fp16", *shape)
+    assert [result["settings"]["model"] for result in results] == ["gpt", "small"]
+    assert all(list(result["methods"]) == ["sgd", "sgd-again", "sam", "esam"] for result in results)
+    assert all(result["steering"] is None for result in results)
+    assert "gpt of width 4, batch 16, fp16 autocast, sequences of up to 8 out of 16 tokens" in capsys.readouterr().out
+
+
+def test_a_time_budget_leaves_each_case_one_round(tmp_path):
+    (result,) = run_step_cost(tmp_path, "--models", "small", "--methods", "esam", "--rounds", "9", "--time-budget", "0")
+    assert result["rounds"] == 1
+
+
+def test_cases_have_their_own_defaults_unless_something_is_asked_for():
+    def shapes(*arguments):
+        return [
+            (args.model, args.width, args.batch_size, args.image_size, args.beta)
+            for args in step_cost.parse_args(["--device", *arguments])[1]
+        ]
+
+    assert [shape for shape in shapes("cpu") if shape[0] == "resnet18"] == [
+        ("resnet18", 32, batch_size, 32, 0.6) for batch_size in (8, 64, 128)
+    ]
+    assert shapes("cuda", "--models", "wrn28_10", "vit_s", "--batch-sizes", "7") == [
+        ("wrn28_10", None, 7, 32, 0.5),
+        ("vit_s", None, 7, 224, 0.6),
+    ]
+    assert shapes("cuda", "--models", "vit_s", "--width", "64", "--image-size", "64", "--batch-sizes", "2") == [
+        ("vit_s", 64, 2, 64, 0.6)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "sam", "sgd-bf16", "--amp", "fp16"], "--methods sgd-bf16: --amp sets the precision"),
+        (["--methods", "esam-authors"], "--methods esam-authors: --authors-code says where"),
+        (["--rounds", "0"], "--rounds and --batch-sizes must be at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        step_cost.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--batch-sizes", "2000"], "has 1000 images only"), (["--image-size", "30"], "a multiple of 8")],
+)
+def test_batches_that_the_data_cannot_give_are_refused(arguments, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run_step_cost(tmp_path, "--models", "small", *arguments)
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+@pytest.mark.parametrize("model", ["small", "gpt"])
+def test_the_parts_are_the_step(model, amp):
     """From the same weights with the same draws, the parts leave the weights that ESAM leaves."""
-    whole, parts = (
-        trainer(name, models.build("small", width=8, channels=1), SETTINGS, CPU) for name in ("esam", "sgd")
-    )
-    images, weights = load("digits"), list(parts.model.parameters())
-    for step, (inputs, targets) in enumerate(images.train_batches(128, torch.Generator().manual_seed(0))):
+    settings, loss_fn = replace(SETTINGS, amp=amp), per_sample_loss
+    shape, batches = {"width": 8, "channels": 1}, load("digits")
+    if model == "gpt":
+        loss_fn = per_sequence_loss
+        shape, batches = {"width": 8, "vocabulary": 16, "context": 8}, data.TokenData(16, 8, CPU)
+    whole, parts = (trainer(name, models.build(model, **shape), settings, CPU, loss_fn) for name in ("esam", "sgd"))
+    weights = list(parts.model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    for step, (inputs, targets) in zip(range(6), batches.train_batches(128, generator)):
         whole.step(inputs, targets)
-        drawn = step_cost.drawn(weights, SETTINGS, step)
+        drawn = step_cost.drawn(weights, settings, step)
         assert len(list(step_cost.parts_of_step(parts, inputs, targets, drawn))) == 7
         assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), weights))
+
+
+def test_the_floor_moves_no_weight_but_by_the_base_step():
+    method = trainer("sgd", models.build("small", width=8, channels=1), replace(SETTINGS, lr=0.0), CPU)
+    before = [param.clone() for param in method.model.parameters()]
+    inputs, targets = torch.randn(8, 1, 8, 8), torch.arange(8)
+    step_cost.floor_of_step(method, inputs, targets, list(method.model.parameters())[:3])
+    assert all(torch.equal(a, b) for a, b in zip(before, method.model.parameters()))
+    assert all(param.grad is not None for param in method.model.parameters())

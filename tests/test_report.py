@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     output = ["--output", str(folder)]
     train.main([*TINY, "--epochs", "1", "--seeds", "2", "--optimizers", "sgd", "sam", "esam", *output])
-    step_cost.main([*TINY, "--model", "small", "--batch-size", "16", "--rounds", "1", *output])
+    step_cost.main([*TINY, "--models", "small", "--batch-sizes", "16", "--rounds", "1", *output])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "CASES", {"tiny": memory.Case("tiny", lambda: memory._mlp(3, 4, 10), (8, 3, 1, 1))})
         memory.main(["--device", "cpu", *output])
