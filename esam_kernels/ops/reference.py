@@ -147,6 +147,11 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def unsupported(tensor: Tensor) -> str | None:
+    """None: these operators take every tensor."""
+    return None
+
+
 def squared_norm(
     params: Sequence[Tensor], grads: Sequence[Tensor], adaptive: bool = False, mask: ElementMask | None = None
 ) -> Tensor:
