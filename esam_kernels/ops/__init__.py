@@ -18,7 +18,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import reference
 from .reference import ElementMask, same_order
 
 __all__ = ["ElementMask", "explain", "perturb_", "restore_", "select_top", "squared_norm", "use_backend"]
@@ -30,6 +29,9 @@ _MODULES = {"reference": "reference", "triton": "triton_kernels", "native": "nat
 
 _backends: dict[str, ModuleType] = {}  # imported when they are first needed: importing Triton takes half a second
 _forced: ContextVar[str | None] = ContextVar("esam_kernels_backend", default=None)
+_traced: str | None = (
+    None  # the same for torch.compile, which cannot read a ContextVar, and compiles anew when this changes
+)
 
 
 @torch.no_grad()
@@ -163,11 +165,14 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in _MODULES:
         raise ValueError(f"no backend is called {name!r}: choose one of {', '.join(_MODULES)}")
-    token = _forced.set(name)
+    global _traced
+    token, outer = _forced.set(name), _traced
+    _traced = name
     try:
         yield
     finally:
         _forced.reset(token)
+        _traced = outer
 
 
 def explain(tensors: Tensor | Iterable[Tensor]) -> str:
@@ -190,11 +195,14 @@ def _choose(tensor: Tensor, candidates: Iterable[str]) -> str:
     raise AssertionError("the reference takes every tensor")
 
 
-# torch.compile cannot read the choice, so it asks once: a compiled graph keeps the candidates it was traced with.
-@torch.compiler.assume_constant_result
 def _candidates(device: torch.device) -> tuple[str, ...]:
     """The backends to try for a device, in order and imported; the last is the reference."""
-    return _in_order(device, _forced.get() or os.environ.get("ESAM_KERNELS_BACKEND"))
+    return _resolve(device, _traced if torch.compiler.is_dynamo_compiling() else _forced.get())
+
+
+@torch.compiler.assume_constant_result
+def _resolve(device: torch.device, forced: str | None) -> tuple[str, ...]:
+    return _in_order(device, forced or os.environ.get("ESAM_KERNELS_BACKEND"))
 
 
 @cache
