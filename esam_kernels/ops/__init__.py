@@ -158,7 +158,8 @@ def select_top(before: Tensor, after: Tensor, k: int) -> Tensor:
 def use_backend(name: str) -> Iterator[None]:
     """Serve the operators from one backend inside the ``with`` block; what it does not take goes to the reference.
 
-    The environment variable ESAM_KERNELS_BACKEND does the same for a whole process.
+    The environment variable ESAM_KERNELS_BACKEND does the same for a whole process. What torch.compile has traced is
+    traced anew for another backend, but keeps the environment variable's value.
 
     Raises:
         ValueError: if there is no backend of that name.
