@@ -127,14 +127,18 @@ inline Randomness add_randomness(int64_t seed, int64_t step, int64_t threshold, 
   return {static_cast<uint64_t>(seed), static_cast<uint32_t>(step), present, static_cast<uint64_t>(threshold)};
 }
 
-inline void check_losses(const Tensor& before, const Tensor& after, int64_t k) {
-  const ScalarType dtype = before.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "losses must be float32 or float64");
-  STD_TORCH_CHECK(after.scalar_type() == dtype && after.device() == before.device(),
-                  "both losses must have one dtype and device");
-  STD_TORCH_CHECK(before.dim() == 1 && have_same_layout(before, after) && before.is_contiguous(),
-                  "both losses must be contiguous and of one shape [b]");
+// The losses as the kernels take them: contiguous, and both float64 if one of them is, else float32.
+inline std::pair<Tensor, Tensor> losses(const Tensor& before, const Tensor& after, int64_t k) {
+  STD_TORCH_CHECK(before.device() == after.device(), "both losses must be on one device");
+  STD_TORCH_CHECK(before.dim() == 1 && before.sizes().equals(after.sizes()), "both losses must be of one shape [b]");
   STD_TORCH_CHECK(1 <= k && k <= before.numel(), "k = ", k, " samples of ", before.numel(), " cannot be selected");
+  const bool wide = before.scalar_type() == ScalarType::Double || after.scalar_type() == ScalarType::Double;
+  const ScalarType dtype = wide ? ScalarType::Double : ScalarType::Float;
+  const auto taken = [dtype](const Tensor& x) {
+    const Tensor converted = x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
+    return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
+  };
+  return {taken(before), taken(after)};
 }
 
 // float64 if a weight is float64, else float32.

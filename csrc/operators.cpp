@@ -12,6 +12,5 @@ STABLE_TORCH_LIBRARY(esam_kernels, m) {
       "perturb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] backups, float[] coefficients, Tensor norm,"
       " bool adaptive, int seed, int step, int threshold, int[] tensor_ids, int[] offsets) -> ()");
   m.def("restore_(Tensor(a!)[] params, Tensor[] backups) -> ()");
-  // Both float32 or both float64, contiguous.
   m.def("select_top(Tensor before, Tensor after, int k) -> Tensor");
 }

@@ -337,6 +337,15 @@ def test_select_top_at_every_size(device, b):
         assert result.tolist() == chosen_by_sorting(before, after, k)
 
 
+@pytest.mark.filterwarnings("error")
+def test_select_top_of_losses_that_require_grad(device):
+    before, after = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).to(device)
+    expected = chosen_by_sorting(before, after, 20)
+    result = ops.select_top(before.requires_grad_(), after.requires_grad_(), 20)
+    assert not result.requires_grad
+    assert result.tolist() == expected
+
+
 def test_select_top_of_losses_that_are_not_contiguous(device):
     table = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
     before, after = table[:, 0].contiguous(), table[:, 2]

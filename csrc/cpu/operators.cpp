@@ -140,8 +140,8 @@ void select_top(const T* before, const T* after, int64_t count, int64_t k, int64
   }
 }
 
-Tensor select_top_any(const Tensor& before, const Tensor& after, int64_t k) {
-  check_losses(before, after, k);
+Tensor select_top_any(const Tensor& any_before, const Tensor& any_after, int64_t k) {
+  const auto [before, after] = losses(any_before, any_after, k);
   Tensor indices = torch::stable::new_empty(before, {k}, ScalarType::Long);
   int64_t* const result = indices.mutable_data_ptr<int64_t>();
   if (before.scalar_type() == ScalarType::Double) {

@@ -57,8 +57,8 @@ void restore_(const Tensors& params, const Tensors& backups) {
   restore(table, device.stream());
 }
 
-Tensor select_top(const Tensor& before, const Tensor& after, int64_t k) {
-  check_losses(before, after, k);
+Tensor select_top(const Tensor& any_before, const Tensor& any_after, int64_t k) {
+  const auto [before, after] = losses(any_before, any_after, k);
   const Device device(before);
   Tensor indices = torch::stable::new_empty(before, {k}, ScalarType::Long);
   int64_t* const result = indices.mutable_data_ptr<int64_t>();

@@ -2,7 +2,7 @@
 
 `reference.py` defines each operator in plain torch; the other backends are checked against it. A backend is a module
 with these four functions over tensors that it takes, all on one device, and `unsupported(tensor)`, which says why it
-does not take one.
+does not take one; it is None for one that it takes, and the reference takes all.
 """
 
 import importlib
@@ -18,7 +18,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import reference
 from .reference import ElementMask, same_order
 
 __all__ = ["ElementMask", "explain", "perturb_", "restore_", "select_top", "squared_norm", "use_backend"]
@@ -28,7 +27,11 @@ __all__ = ["ElementMask", "explain", "perturb_", "restore_", "select_top", "squa
 _PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native",), "cuda": ("triton", "native")}
 _MODULES = {"reference": "reference", "triton": "triton_kernels", "native": "native"}
 
+_backends: dict[str, ModuleType] = {}  # imported when they are first needed: importing Triton takes half a second
 _forced: ContextVar[str | None] = ContextVar("esam_kernels_backend", default=None)
+_traced: str | None = (
+    None  # the same for torch.compile, which cannot read a ContextVar, and compiles anew when this changes
+)
 
 
 @torch.no_grad()
@@ -123,7 +126,6 @@ def restore_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
         backend.restore_(_pick(params, ids), _pick(backups, ids))
 
 
-@torch.no_grad()
 def select_top(before: Tensor, after: Tensor, k: int) -> Tensor:
     """Indices of the k samples whose loss rose most: the k largest after - before, in ascending order.
 
@@ -143,29 +145,35 @@ def select_top(before: Tensor, after: Tensor, k: int) -> Tensor:
     """
     if before.dim() != 1 or before.shape != after.shape:
         raise ValueError(f"losses have shapes {list(before.shape)} and {list(after.shape)}: give two of shape [b]")
-    if before.device != after.device:
-        raise ValueError(f"losses are on {before.device} and {after.device}: give two on one device")
-    if not 1 <= k <= len(before):
-        raise ValueError(f"k = {k} samples of {len(before)} cannot be selected: 1 <= k <= {len(before)} is needed")
-    return _choose(before, _candidates(before.device.type)).select_top(before, after, k)
+    device, b = before.device, before.numel()
+    if device != after.device:
+        raise ValueError(f"losses are on {device} and {after.device}: give two on one device")
+    if not 1 <= k <= b:
+        raise ValueError(f"k = {k} samples of {b} cannot be selected: 1 <= k <= {b} is needed")
+    # No torch.no_grad(), which would take a third of the time: indices have no gradient.
+    return _backends[_choose(before, _candidates(device))].select_top(before, after, k)
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Serve the operators from one backend inside the ``with`` block; what it does not take goes to the reference.
 
-    The environment variable ESAM_KERNELS_BACKEND does the same for a whole process.
+    The environment variable ESAM_KERNELS_BACKEND does the same for a whole process. What torch.compile has traced is
+    traced anew for another backend, but keeps the environment variable's value.
 
     Raises:
         ValueError: if there is no backend of that name.
     """
     if name not in _MODULES:
         raise ValueError(f"no backend is called {name!r}: choose one of {', '.join(_MODULES)}")
-    token = _forced.set(name)
+    global _traced
+    token, outer = _forced.set(name), _traced
+    _traced = name
     try:
         yield
     finally:
         _forced.reset(token)
+        _traced = outer
 
 
 def explain(tensors: Tensor | Iterable[Tensor]) -> str:
@@ -175,37 +183,42 @@ def explain(tensors: Tensor | Iterable[Tensor]) -> str:
     """
     if not isinstance(tensors, Tensor):
         return "\n".join(f"{count} x {answer}" for answer, count in Counter(map(explain, tensors)).items())
-    passed_over = []
-    for name, backend in _candidates(tensors.device.type):
-        why = backend.unsupported(tensors)
-        if why is None:
-            break
-        passed_over.append(f"; not {name}: {why}")
-    else:
-        name = "reference"
-    return name + "".join(passed_over)
+    candidates = _candidates(tensors.device)
+    serving = _choose(tensors, candidates)
+    passed_over = candidates[: candidates.index(serving)]
+    return serving + "".join(f"; not {name}: {_backends[name].unsupported(tensors)}" for name in passed_over)
 
 
-def _choose(tensor: Tensor, candidates: Iterable[tuple[str, ModuleType]]) -> ModuleType:
-    for _, backend in candidates:  # a loop, since this runs for every tensor of every call
-        if backend.unsupported(tensor) is None:
-            return backend
-    return reference
+def _choose(tensor: Tensor, candidates: Iterable[str]) -> str:
+    for name in candidates:  # a loop, since this runs for every tensor of every call
+        if _backends[name].unsupported(tensor) is None:
+            return name
+    raise AssertionError("the reference takes every tensor")
 
 
-def _candidates(device_type: str) -> list[tuple[str, ModuleType]]:
-    """The backends to try for a device before the reference, in order."""
-    names = _PREFERENCE.get(device_type, ())
-    if forced := _forced.get() or os.environ.get("ESAM_KERNELS_BACKEND"):
-        if forced not in _MODULES:
-            raise ValueError(f"ESAM_KERNELS_BACKEND={forced}: choose one of {', '.join(_MODULES)}")
-        names = (forced,)
-    return [(name, _module(name)) for name in names if name != "reference"]
+def _candidates(device: torch.device) -> tuple[str, ...]:
+    """The backends to try for a device, in order and imported; the last is the reference."""
+    return _resolve(device, _traced if torch.compiler.is_dynamo_compiling() else _forced.get())
+
+
+@torch.compiler.assume_constant_result
+def _resolve(device: torch.device, forced: str | None) -> tuple[str, ...]:
+    return _in_order(device, forced or os.environ.get("ESAM_KERNELS_BACKEND"))
 
 
 @cache
-def _module(name: str) -> ModuleType:
-    """A backend's module, imported when it is first needed: importing Triton takes half a second."""
+def _in_order(device: torch.device, forced: str | None) -> tuple[str, ...]:
+    if forced and forced not in _MODULES:
+        raise ValueError(f"ESAM_KERNELS_BACKEND={forced}: choose one of {', '.join(_MODULES)}")
+    wanted = (forced,) if forced else _PREFERENCE.get(device.type, ())
+    names = (*(name for name in wanted if name != "reference"), "reference")
+    for name in names:
+        if name not in _backends:
+            _backends[name] = _import(name)
+    return names
+
+
+def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(f".{_MODULES[name]}", __name__)
     except ImportError as error:
@@ -220,16 +233,16 @@ def _partition(params: Sequence[Tensor], backups: Sequence[Tensor] | None = None
 
     Only the reference serves a weight whose backup lies in memory in another order.
     """
-    candidates: dict[torch.device, list[tuple[str, ModuleType]]] = {}
-    indices: dict[tuple[ModuleType, torch.device], list[int]] = {}
+    candidates: dict[torch.device, tuple[str, ...]] = {}
+    indices: dict[tuple[str, torch.device], list[int]] = {}
     for i, param in enumerate(params):
         device = param.device
         if device not in candidates:
-            candidates[device] = _candidates(device.type)
+            candidates[device] = _candidates(device)
         same = backups is None or same_order(param, backups[i])
-        backend = _choose(param, candidates[device]) if same else reference
-        indices.setdefault((backend, device), []).append(i)
-    return [(backend, ids) for (backend, _), ids in indices.items()]
+        name = _choose(param, candidates[device]) if same else "reference"
+        indices.setdefault((name, device), []).append(i)
+    return [(_backends[name], ids) for (name, _), ids in indices.items()]
 
 
 def _pick(tensors: Sequence[Tensor], ids: Sequence[int]) -> list[Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._C import _increment_version
 
-from .reference import ElementMask, compute_dtype, is_dense, same_order
+from .reference import ElementMask, as_params_lie, compute_dtype, is_dense
 
 _LIBRARY = Path(__file__).with_name("libesam_kernels.so")
 _BUILD_REPORT = Path(__file__).with_name("native_build.json")
@@ -49,7 +49,7 @@ _MISSING = _load()
 
 def unsupported(tensor: Tensor) -> str | None:
     """Why these operators do not take a weight like ``tensor``, or None if they do."""
-    device = tensor.device.type
+    device = "cpu" if tensor.is_cpu else tensor.device.type  # is_cpu is the quicker question
     if device not in ("cpu", "cuda"):
         return f"there are no operators for {device}"
     if device in _MISSING:
@@ -67,7 +67,7 @@ def squared_norm(
     params: Sequence[Tensor], grads: Sequence[Tensor], adaptive: bool = False, mask: ElementMask | None = None
 ) -> Tensor:
     """‖m * |w|^a * g‖², summed over the lists."""
-    return _ops.squared_norm(params, _like_params(params, grads), adaptive, *_bits(mask))
+    return _ops.squared_norm(params, as_params_lie(params, grads, _reads), adaptive, *_bits(mask))
 
 
 def perturb_(
@@ -81,7 +81,7 @@ def perturb_(
 ) -> None:
     """backup <- w, then w <- w + e with e = coefficient / (norm + eps) * m * w^2a * g; e = 0 if norm is not finite."""
     norm = norm.to(params[0].device, norm.dtype if norm.dtype == torch.float64 else torch.float32)
-    arguments = (params, _like_params(params, grads), backups, coefficients, norm, adaptive, *_bits(mask))
+    arguments = (params, as_params_lie(params, grads, _reads), backups, coefficients, norm, adaptive, *_bits(mask))
     changed = [*params, *backups]
     # One line, and no Python between the two calls: a backup's version tells whether the operator has run.
     _ops.perturb_(*arguments); _increment_version(changed)  # fmt: skip # noqa: E702
@@ -95,26 +95,11 @@ def restore_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
 
 def select_top(before: Tensor, after: Tensor, k: int) -> Tensor:
     """Ascending indices of the k largest after - before; ties go to the lower index, NaN counts as largest."""
-    dtype = torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
-    losses = [x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous() for x in (before, after)]
-    return _ops.select_top(*losses, k)
+    return _ops.select_top(before, after, k)
 
 
-def _like_params(params: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
-    """The other tensors, copied where their order in memory or their dtype is not one that the kernels read."""
-    return [
-        other
-        if other.dtype == param.dtype and other.stride() == param.stride()  # nearly always, and quick to see
-        else _like(param, other)
-        for param, other in zip(params, others)
-    ]
-
-
-def _like(param: Tensor, other: Tensor) -> Tensor:
-    dtype = other.dtype if other.dtype == param.dtype else compute_dtype(param)
-    if other.dtype == dtype and same_order(param, other):
-        return other
-    return torch.empty_like(param, dtype=dtype).copy_(other)
+def _reads(param: Tensor, grad: Tensor) -> bool:
+    return grad.dtype == param.dtype or grad.dtype == compute_dtype(param)
 
 
 def _bits(mask: ElementMask | None) -> tuple[int, int, int, Sequence[int], Sequence[int]]:

@@ -5,7 +5,7 @@ arXiv 2102.11600): w weights, g gradients, m the mask of kept elements, a = 1 wh
 Arithmetic runs in the compute type of the parameter: float64 for float64, float32 for everything narrower.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,6 +90,23 @@ def same_order(a: Tensor, b: Tensor) -> bool:
     return all(size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride()))
 
 
+def as_params_lie(
+    params: Sequence[Tensor], tensors: Sequence[Tensor], reads: Callable[[Tensor, Tensor], bool]
+) -> list[Tensor]:
+    """The tensors in their params' memory order and in a dtype that kernels read: each itself, or a copy.
+
+    ``reads(param, tensor)`` says whether kernels over the param read the tensor's dtype; they read the param's own and
+    its compute type.
+    """
+    return [
+        tensor
+        if (tensor.dtype == param.dtype and tensor.stride() == param.stride())  # nearly always, and quick to see
+        or (same_order(param, tensor) and reads(param, tensor))
+        else torch.empty_like(param, dtype=tensor.dtype if reads(param, tensor) else compute_dtype(param)).copy_(tensor)
+        for param, tensor in zip(params, tensors)
+    ]
+
+
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
     """Philox4x32-10 (Salmon et al., SC 2011): four words from a counter of four words and a key of two.
 
@@ -145,6 +162,11 @@ def tensor_words(seed: int, step: int, tensor_ids: Sequence[int]) -> Tensor:
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """The type that arithmetic on ``tensor`` runs in."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def unsupported(tensor: Tensor) -> str | None:
+    """None: these operators take every tensor."""
+    return None
 
 
 def squared_norm(

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import reference
-from .reference import EPS, ElementMask, is_dense, same_order
+from .reference import EPS, ElementMask, as_params_lie, is_dense
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
 _BITS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
@@ -304,7 +304,7 @@ def squared_norm(
     params: Sequence[Tensor], grads: Sequence[Tensor], adaptive: bool = False, mask: ElementMask | None = None
 ) -> Tensor:
     """‖m * |w|^a * g‖², summed over the lists."""
-    grads = _as_params_lie(params, grads)
+    grads = as_params_lie(params, grads, _reads)
     dtypes = [(param.dtype, grad.dtype) for param, grad in zip(params, grads)]
     tables = [
         (key, len(ids), *_table(ids, params, grads, mask=mask, block=_NORM_BLOCK)) for key, ids in _groups(dtypes)
@@ -344,7 +344,7 @@ def perturb_(
     mask: ElementMask | None = None,
 ) -> None:
     """backup <- w, then w <- w + e with e = coefficient / (norm + eps) * m * w^2a * g; e = 0 if norm is not finite."""
-    grads = _as_params_lie(params, grads)
+    grads = as_params_lie(params, grads, _reads)
     norm = norm.to(params[0].device, non_blocking=True)
     launches = []
     for (param, grad), ids in _groups((param.dtype, grad.dtype) for param, grad in zip(params, grads)):
@@ -385,7 +385,7 @@ def select_top(before: Tensor, after: Tensor, k: int) -> Tensor:
     """Ascending indices of the k largest after - before; ties go to the lower index, NaN counts as largest."""
     if len(before) > _MOST_SAMPLES:
         return reference.select_top(before, after, k)
-    before, after = _as_params_lie([before, before], [before, after])
+    before, after = as_params_lie([before, before], [before, after], _reads)
     double = torch.float64 in (before.dtype, after.dtype)
     out = before.new_empty(k, dtype=torch.int64)
     block = max(32, triton.next_power_of_2(len(before)))
@@ -409,14 +409,8 @@ def _select_warps(block: int) -> int:
     return min(16, max(1, block // 256))
 
 
-def _as_params_lie(params: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in their params' memory order and in a dtype that kernels read: each itself, or a copy."""
-    return [
-        tensor
-        if tensor.dtype in _DTYPES and same_order(tensor, param)
-        else torch.empty_like(param, dtype=tensor.dtype if tensor.dtype in _DTYPES else torch.float32).copy_(tensor)
-        for param, tensor in zip(params, tensors)
-    ]
+def _reads(param: Tensor, tensor: Tensor) -> bool:
+    return tensor.dtype in _DTYPES
 
 
 def _groups(keys: Iterable[Hashable]) -> list[tuple[Any, list[int]]]:
