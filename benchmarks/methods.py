@@ -26,6 +26,9 @@ class Settings:
     rho: float
     beta: float
     gamma: float
+    interval: int = 1
+    granularity: str = "tensor"
+    selection: str = "increase"
     amp: torch.dtype | None = None
     steering_dtype: torch.dtype | None = None
     seed: int = 0
@@ -113,6 +116,9 @@ class ESAMTrainer(Trainer):
             rho=self.settings.rho,
             beta=self.settings.beta,
             gamma=self.settings.gamma,
+            interval=self.settings.interval,
+            granularity=self.settings.granularity,
+            selection=self.settings.selection,
             steering_dtype=self.settings.steering_dtype,
             seed=self.settings.seed,
             **self.settings.sgd,

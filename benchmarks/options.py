@@ -12,6 +12,7 @@ from . import data, models
 from .environment import cpu_has_bf16_matrix_units
 from .methods import Settings
 
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 RESULTS = Path(__file__).parent / "results"
 
 # Where the defaults of options come from; --data and --model choose. Those for CIFAR-10 are the paper's.
@@ -43,6 +44,25 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def make_training_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the shared options and those of benchmarks that train to the end."""
+    parser = make_parser(description)
+    add = parser.add_argument
+    add("--train-samples", type=int, metavar="N", help="train on so many images only; default: all")
+    add("--label-noise", type=float, metavar="SHARE", default=0.0, help="share of training labels made wrong")
+    add("--epochs", type=int, help="the learning rate anneals over them")
+    add("--seeds", type=int, default=3, help="how many; default: %(default)s")
+    add("--amp", choices=AMP, help="train under autocast; fp16 with a GradScaler")
+    add(
+        "--sharpness-samples",
+        type=int,
+        default=256,
+        metavar="N",
+        help="training images on which sharpness is measured after training; 0: not at all; default: %(default)s",
+    )
+    return parser
+
+
 def parse(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, recipes: Mapping[str, dict[str, Any]]
 ) -> argparse.Namespace:
@@ -63,6 +83,27 @@ def images(args: argparse.Namespace) -> data.ImageData:
     return data.load(args.data, args.data_file, device, memory_format(args))
 
 
+def check_training(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse values of the training options that make no sense."""
+    for name in ("epochs", "seeds"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: at least 1 is needed")
+    if args.sharpness_samples < 0:
+        parser.error(f"--sharpness-samples {args.sharpness_samples}: a number of images is needed, or 0")
+
+
+def training_images(args: argparse.Namespace) -> data.ImageData:
+    """The chosen data as it is to be trained on: the chosen part of it, with the chosen noise."""
+    chosen = images(args)
+    if args.train_samples is not None:
+        chosen = data.subset(chosen, args.train_samples)
+    if args.label_noise:
+        chosen = data.flip_labels(chosen, args.label_noise)
+    if chosen.steps_per_epoch(args.batch_size) == 0:
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(chosen.train_labels)} training images")
+    return chosen
+
+
 def as_json(args: argparse.Namespace) -> dict[str, Any]:
     """The options as they go into a result: all but the paths, which are this machine's own."""
     return {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
@@ -70,7 +111,9 @@ def as_json(args: argparse.Namespace) -> dict[str, Any]:
 
 def settings(args: argparse.Namespace, **more: Any) -> Settings:
     """The optimizers' options, and more of them."""
-    return Settings(args.lr, args.momentum, args.weight_decay, args.rho, args.beta, args.gamma, **more)
+    shared = {name: getattr(args, name) for name in ("lr", "momentum", "weight_decay", "rho", "beta", "gamma")}
+    shared["amp"] = AMP.get(getattr(args, "amp", ""))  # some benchmarks have no such option
+    return Settings(**(shared | more))
 
 
 def network(args: argparse.Namespace, channels: int, classes: int, seed: int) -> nn.Module:
