@@ -103,8 +103,8 @@ def frontier(result: dict[str, Any], path: Path) -> None:
                     deviation = shown[name]["test_accuracy"]["std"]
                     ax.errorbar(cost[name], height, yerr=deviation, color=color, alpha=0.3, capsize=2)
                 else:
-                    text = f"{accuracy[name]:.0f} %"
-                    ax.text(cost[name], 0.03, text, color=color, ha="center", transform=ax.get_xaxis_transform())
+                    place: dict[str, Any] = {"rotation": 90, "ha": "center", "transform": ax.get_xaxis_transform()}
+                    ax.text(cost[name], 0.04, f"{accuracy[name]:.0f} %", color=color, **place)
             front = sorted((cost[name], accuracy[name]) for name, runs in shown.items() if runs.get("on_front"))
             if front:
                 ax.step(*zip(*front), where="post", color="#009E73", linewidth=1.2, zorder=0)

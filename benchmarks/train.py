@@ -109,14 +109,13 @@ def train(images: data.ImageData, args: argparse.Namespace, deadline: float) -> 
     curves: Curves = {name: [] for name in args.optimizers}
     sharpnesses: Sharpness = {name: [] for name in args.optimizers}
     rounds, longest = args.seeds * args.epochs, 0.0
-    reserve = len(curves) * seconds_of_sharpness(images, args) if deadline < math.inf else 0.0
     with tqdm(total=rounds * len(curves) * images.steps_per_epoch(args.batch_size), unit="step") as progress:
         for seed in range(args.seeds):
             settings = options.settings(args, seed=seed)
             runs = {name: Run(name, settings, args.epochs, images, args) for name in curves}
             for epoch in range(args.epochs):
                 start = perf_counter()
-                if longest and start + longest + reserve > deadline:
+                if longest and start + longest > deadline:
                     return curves, sharpnesses
                 if epoch == 0:
                     for name, run in runs.items():
@@ -126,20 +125,25 @@ def train(images: data.ImageData, args: argparse.Namespace, deadline: float) -> 
                     progress.set_description(f"seed {seed}, epoch {epoch + 1}/{args.epochs}, {METHODS[name].label}")
                     runs[name].train_epoch(progress)
                 longest = max(longest, perf_counter() - start)
-            if args.sharpness_samples and perf_counter() + reserve <= deadline:
-                progress.set_description(f"seed {seed}, sharpness")
-                for name, run in runs.items():
-                    sharpnesses[name].append(run.sharpness())
+            progress.set_description(f"seed {seed}, sharpness")
+            for name, measured in sharpness_of_all(runs, args, deadline).items():
+                sharpnesses[name].append(measured)
     return curves, sharpnesses
 
 
-def seconds_of_sharpness(images: data.ImageData, args: argparse.Namespace) -> float:
-    """How long the sharpness of one network takes: here of an untrained one, where power iteration takes longest."""
+def sharpness_of_all(runs: dict[str, Run], args: argparse.Namespace, deadline: float) -> dict[str, dict[str, Any]]:
+    """The sharpness of each method's network; of none, if it is not asked for or they would not end by the deadline."""
+    measured: dict[str, dict[str, Any]] = {}
     if not args.sharpness_samples:
-        return 0.0
-    run, start = Run("sgd", options.settings(args), args.epochs, images, args), perf_counter()
-    run.sharpness()
-    return perf_counter() - start
+        return measured
+    longest = 0.0
+    for name, run in runs.items():
+        start = perf_counter()
+        if start + (len(runs) - len(measured)) * longest > deadline:
+            return {}
+        measured[name] = run.sharpness()
+        longest = max(longest, perf_counter() - start)
+    return measured
 
 
 def summarize(curves: Curves, steps: int, epochs: int) -> dict[str, dict[str, Any]]:

@@ -145,6 +145,14 @@ def test_epochs_are_equal_or_take_sgds_time_and_seeds_stay_balanced(planned):
     assert planned.plan() == [Planned(name, seed, epochs) for seed in (0, 1) for name, epochs in one_seed]
 
 
+def test_early_stopping_costs_its_share_of_the_epochs(tmp_path, monkeypatch):
+    timed = {"seconds_per_step": {"median": 1.0}, "time_over_sgd": {"median": 1.0}}
+    monkeypatch.setattr(frontier, "calibrate", lambda images, args: dict.fromkeys(args.configurations, timed))
+    short = sweep(tmp_path, "--epochs", "10", "--seeds", "1", "--configurations", "sgd", "sgd-short")
+    assert short.plan() == [Planned("sgd", 0, 10), Planned("sgd-short", 0, 2)]
+    assert frontier.summarize(short)["configurations"]["sgd-short"]["training_time_over_sgd"] == 0.2
+
+
 def test_only_seeds_that_all_have_finished_count(planned):
     def finish(runs):
         for run in runs:
