@@ -143,6 +143,8 @@ class Sweep:
         slack = 1.2  # a run's time over that of its steps, which is all that the calibration knows
         with tqdm(total=self.steps * sum(planned.epochs for planned in missing), unit="step") as progress:
             for planned in missing:
+                if self.result(planned) is not None:
+                    continue  # the options make two configurations the same
                 median = self.calibration[planned.configuration]["seconds_per_step"]["median"]
                 expected, start = self.steps * planned.epochs * median, perf_counter()
                 if start + slack * expected > deadline:

@@ -54,7 +54,7 @@ def frontier(result: dict[str, Any]) -> str:
         row = [one["label"], f"{one['training_time_over_sgd']:.2f}", "", "", "", "", ""]
         if by_epochs:
             row[2:4] = [_mean_and_std(by_epochs["test_accuracy"], ".2f"), "yes" if by_epochs["on_front"] else ""]
-        if by_time:
+        if by_time and sgd:
             row[4:6] = [str(by_time["epochs"]), _mean_and_std(by_time["test_accuracy"], ".2f")]
             row[6] = f"{by_time['seconds'] / sgd['seconds']:.2f}"
         rows.append(row + (_sharpness(by_epochs and by_epochs["sharpness"]) if has_sharpness else []))

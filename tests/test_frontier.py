@@ -187,6 +187,17 @@ def test_no_run_is_begun_that_would_not_end_in_time(planned, monkeypatch):
     assert [run.configuration for run in trained] == ["sgd"]
 
 
+def test_configurations_that_the_options_make_the_same_share_their_runs(tmp_path, monkeypatch):
+    timed = {"seconds_per_step": {"median": 1.0}, "time_over_sgd": {"median": 1.0}}
+    monkeypatch.setattr(frontier, "calibrate", lambda images, args: dict.fromkeys(args.configurations, timed))
+    same = sweep(tmp_path, "--seeds", "1", "--beta", "1", "--configurations", "sgd", "esam", "esam-beta1")
+    trained = []
+    monkeypatch.setattr(same, "_train", lambda run, progress: trained.append(run.configuration) or {"seconds": 1.0})
+    same.run(float("inf"))
+    assert trained == ["sgd", "esam"]
+    assert same.result(Planned("esam-beta1", 0, 4)) == {"seconds": 1.0}
+
+
 def test_every_configuration_trains_as_it_says(tmp_path):
     """The optimizers in the runs have the settings that the labels promise."""
     args = frontier.parse_args([*TINY, "--label-noise", "0", "--output", str(tmp_path)])
