@@ -26,11 +26,11 @@ class Settings:
     rho: float
     beta: float
     gamma: float
-    interval: int = 1
-    granularity: str = "tensor"
-    selection: str = "increase"
     amp: torch.dtype | None = None
     steering_dtype: torch.dtype | None = None
+    granularity: str = "tensor"
+    selection: str = "increase"
+    interval: int = 1
     seed: int = 0
 
     @property
@@ -116,10 +116,10 @@ class ESAMTrainer(Trainer):
             rho=self.settings.rho,
             beta=self.settings.beta,
             gamma=self.settings.gamma,
-            interval=self.settings.interval,
+            steering_dtype=self.settings.steering_dtype,
             granularity=self.settings.granularity,
             selection=self.settings.selection,
-            steering_dtype=self.settings.steering_dtype,
+            interval=self.settings.interval,
             seed=self.settings.seed,
             **self.settings.sgd,
         )

@@ -12,8 +12,8 @@ from . import data, models
 from .environment import cpu_has_bf16_matrix_units
 from .methods import Settings
 
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 RESULTS = Path(__file__).parent / "results"
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Where the defaults of options come from; --data and --model choose. Those for CIFAR-10 are the paper's.
 RECIPES: dict[str, dict[str, Any]] = {
