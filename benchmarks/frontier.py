@@ -305,10 +305,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     images = options.training_images(args)
     stem = f"frontier_{args.data}_{args.device}"
-    journal = Journal(args.output / f"{stem}.jsonl", environment(), args.restart)
+    here = environment()
+    journal = Journal(args.output / f"{stem}.jsonl", here, args.restart)
     sweep = Sweep(images, args, journal)
     sweep.run(math.inf if args.time_budget is None else started + args.time_budget)
-    result = record.header("frontier", images.label, args) | summarize(sweep)
+    result = record.header("frontier", images.label, args) | {"environment": here} | summarize(sweep)
     record.save(result, args.output, stem)
     plots.frontier(result, args.output / f"{stem}.svg")
     print(tables.frontier(result))
