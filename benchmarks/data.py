@@ -4,7 +4,7 @@ import io
 import pickle
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -71,6 +71,12 @@ class ImageData:
         for images, labels in zip(self.test_images.split(batch_size), self.test_labels.split(batch_size)):
             yield self.normalize(images), labels
 
+    def training_sample(self, n: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Always the same ``n`` training images (all, if there are no more), normalized but not augmented."""
+        index = _stratified(self.train_labels, min(n, len(self.train_labels)))
+        for rows in index.split(batch_size):
+            yield self.normalize(self.train_images[rows]), self.train_labels[rows]
+
     def normalize(self, images: Tensor) -> Tensor:
         """Float images that have mean 0 and deviation 1 in each channel over the training set."""
         return ((images.float() - self._mean) / self._std).contiguous(memory_format=self.memory_format)
@@ -114,6 +120,50 @@ def augment(images: Tensor, pad: int, flip: bool, generator: torch.Generator) ->
     sample = torch.arange(n, device=device)[:, None, None]
     crops = nn.functional.pad(images, (pad,) * 4)[sample, :, rows[:, :, None], columns[:, None, :]]
     return crops.permute(0, 3, 1, 2)
+
+
+def subset(images: ImageData, n: int) -> ImageData:
+    """The data with only ``n`` training images, as many of each class as before in proportion, always the same.
+
+    Raises:
+        ValueError: if there are not that many, or fewer than one of each class are wanted.
+    """
+    if not images.classes <= n <= len(images.train_labels):
+        raise ValueError(
+            f"--train-samples {n}: from {images.classes} (one of each class) to {len(images.train_labels)} can be had"
+        )
+    index = _stratified(images.train_labels, n)
+    return replace(
+        images,
+        label=f"{n:,} images of {images.label}",
+        train_images=images.train_images[index],
+        train_labels=images.train_labels[index],
+    )
+
+
+def flip_labels(images: ImageData, share: float) -> ImageData:
+    """The data with a share of the training labels wrong: replaced by any other class alike, always the same ones.
+
+    Raises:
+        ValueError: if ``share`` is not in [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"--label-noise {share}: a share in [0, 1] is needed")
+    n, generator = len(images.train_labels), torch.Generator().manual_seed(0)
+    flipped = torch.randperm(n, generator=generator)[: round(share * n)]
+    shifts = torch.randint(1, images.classes, flipped.shape, generator=generator)
+    flipped, shifts = flipped.to(images.train_labels.device), shifts.to(images.train_labels.device)
+    labels = images.train_labels.clone()
+    labels[flipped] = (labels[flipped] + shifts) % images.classes
+    return replace(images, label=f"{images.label}, {100 * share:g} % of the training labels wrong", train_labels=labels)
+
+
+def _stratified(labels: Tensor, n: int) -> Tensor:
+    """Rows of ``n`` samples, in which every class has its share of all."""
+    rows = np.arange(len(labels))
+    if n < len(rows):
+        rows, _ = train_test_split(rows, train_size=n, stratify=labels.cpu().numpy(), random_state=0)
+    return torch.from_numpy(rows).to(labels.device)
 
 
 def load(name: str, file: Path | None, device: torch.device, memory_format: torch.memory_format) -> ImageData:

@@ -55,6 +55,25 @@ def make_parser(description: str, many: bool = False) -> argparse.ArgumentParser
     return parser
 
 
+def make_training_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the shared options and those of benchmarks that train to the end."""
+    parser = make_parser(description)
+    add = parser.add_argument
+    add("--train-samples", type=int, metavar="N", help="train on so many images only; default: all")
+    add("--label-noise", type=float, metavar="SHARE", default=0.0, help="share of training labels made wrong")
+    add("--epochs", type=int, help="the learning rate anneals over them")
+    add("--seeds", type=int, default=3, help="how many; default: %(default)s")
+    add("--amp", choices=AMP, help="train under autocast; fp16 with a GradScaler")
+    add(
+        "--sharpness-samples",
+        type=int,
+        default=256,
+        metavar="N",
+        help="training images on which sharpness is measured after training; 0: not at all; default: %(default)s",
+    )
+    return parser
+
+
 def parse(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, recipes: Mapping[str, dict[str, Any]]
 ) -> argparse.Namespace:
@@ -77,6 +96,27 @@ def prepare(args: argparse.Namespace) -> None:
     if args.device == "cpu" and not cpu_has_bf16_matrix_units():
         print("This CPU has no bf16 matrix units: what runs in bf16 saves no time here.")
     torch.backends.cudnn.benchmark = True
+
+
+def check_training(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse values of the training options that make no sense."""
+    for name in ("epochs", "seeds"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: at least 1 is needed")
+    if args.sharpness_samples < 0:
+        parser.error(f"--sharpness-samples {args.sharpness_samples}: a number of images is needed, or 0")
+
+
+def training_images(args: argparse.Namespace) -> data.ImageData:
+    """The chosen data as it is to be trained on: the chosen part of it, with the chosen noise."""
+    chosen = images(args)
+    if args.train_samples is not None:
+        chosen = data.subset(chosen, args.train_samples)
+    if args.label_noise:
+        chosen = data.flip_labels(chosen, args.label_noise)
+    if chosen.steps_per_epoch(args.batch_size) == 0:
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(chosen.train_labels)} training images")
+    return chosen
 
 
 def as_json(args: argparse.Namespace) -> dict[str, Any]:

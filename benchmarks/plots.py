@@ -1,6 +1,6 @@
-"""The two plots of a training result, as small SVG files that are the same whenever the result is."""
+"""The plots of training results, as small SVG files that are the same whenever the result is."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,61 @@ def accuracy_over_cost(result: dict[str, Any], path: Path) -> None:
         ax.set(xlabel=f"time of a step, {unit}", ylabel="test accuracy, %")
 
 
+def loss_around_minimum(result: dict[str, Any], path: Path) -> None:
+    """The loss's rise around the trained weights, up the gradient and along random directions, mean of the seeds."""
+    distances = [0.0, *result["sharpness"]["distances"]]
+    directions = {"gradient_rise": "up the gradient", "random_rise": "random directions"}
+    with _panels(path, f"{_title(result)}: training loss around the trained weights", directions.values()) as axes:
+        for ax, rise in zip(axes, directions):
+            for name, seeds in result["sharpness"]["seeds"].items():
+                if seeds:
+                    rises = np.mean([[0.0, *seed[rise]] for seed in seeds], axis=0)
+                    ax.plot(distances, rises, label=result["methods"][name]["label"], **STYLES[name])
+            ax.set(xlabel="distance from the weights", ylabel="rise of the loss")
+            ax.ticklabel_format(axis="y", scilimits=(-3, 4))
+
+
+def frontier(result: dict[str, Any], path: Path) -> None:
+    """Test accuracy against the cost of training, at equal epochs with the Pareto front, and at equal time.
+
+    What falls far below SGD would squeeze the rest: it stands at the lower edge, with its accuracy.
+    """
+    configurations = result["configurations"]
+    panels = {"equal_epochs": "equal epochs, with the Pareto front", "equal_time": "equal training time"}
+    with _panels(path, f"{_title(result)}: what accuracy costs", panels.values()) as axes:
+        for ax, panel in zip(axes, panels):
+            shown = {name: one[panel] for name, one in configurations.items() if one[panel]}
+            accuracy = {name: runs["test_accuracy"]["mean"] for name, runs in shown.items()}
+            cost = {name: configurations[name]["training_time_over_sgd"] for name in shown}
+            bottom = 0.0
+            if "sgd" in shown:
+                ax.axhline(accuracy["sgd"], color=STYLES["sgd"]["color"], linewidth=0.8, linestyle=":")
+                bottom = accuracy["sgd"] - max(1.0, max(accuracy.values()) - accuracy["sgd"])
+            for number, (name, one) in enumerate(configurations.items(), 1):
+                if name not in shown:
+                    continue
+                color = STYLES[name.partition("-")[0]]["color"]
+                marker: dict[str, Any] = {
+                    "marker": f"${number}$",
+                    "markersize": 5 if number < 10 else 9,
+                    "linestyle": "none",
+                }
+                height = max(accuracy[name], bottom)
+                ax.plot(cost[name], height, color=color, label=one["label"], clip_on=False, **marker)
+                if accuracy[name] >= bottom:
+                    deviation = shown[name]["test_accuracy"]["std"]
+                    ax.errorbar(cost[name], height, yerr=deviation, color=color, alpha=0.3, capsize=2)
+                else:
+                    place: dict[str, Any] = {"rotation": 90, "ha": "center", "transform": ax.get_xaxis_transform()}
+                    ax.text(cost[name], 0.04, f"{accuracy[name]:.0f} %", color=color, **place)
+            front = sorted((cost[name], accuracy[name]) for name, runs in shown.items() if runs.get("on_front"))
+            if front:
+                ax.step(*zip(*front), where="post", color="#009E73", linewidth=1.2, zorder=0)
+            if bottom > 0:
+                ax.set_ylim(bottom=bottom)
+            ax.set(xlabel="training time at equal epochs, times SGD's", ylabel="test accuracy, %")
+
+
 def _title(result: dict[str, Any]) -> str:
     return f"{result['data']}, {result['settings']['model']}"
 
@@ -65,6 +120,13 @@ def _title(result: dict[str, Any]) -> str:
 @contextmanager
 def _axes(path: Path, title: str) -> Iterator[Axes]:
     """Axes of a new figure, which is written to ``path`` at the end."""
+    with _panels(path, title, [""]) as (ax,):
+        yield ax
+
+
+@contextmanager
+def _panels(path: Path, title: str, names: Collection[str]) -> Iterator[list[Axes]]:
+    """Axes side by side in a new figure with one legend for all, which is written to ``path`` at the end."""
     style: Any = {
         "axes.grid": True,
         "axes.spines.right": False,
@@ -75,9 +137,15 @@ def _axes(path: Path, title: str) -> Iterator[Axes]:
         "svg.hashsalt": "esam_kernels",
     }
     with mpl.rc_context(style):
-        figure = Figure(figsize=(6.4, 4), layout="constrained")
-        ax = figure.subplots()
-        ax.set_title(title, loc="left")
-        yield ax
-        figure.legend(loc="outside lower center", ncols=3)
+        figure = Figure(figsize=(6.4, 4) if len(names) == 1 else (5 * len(names), 5), layout="constrained")
+        axes = list(figure.subplots(1, len(names), squeeze=False)[0])
+        for ax, name in zip(axes, names):
+            ax.set_title(name, loc="left", fontsize="medium")
+        if len(names) == 1:
+            axes[0].set_title(title, loc="left")
+        else:
+            figure.suptitle(title, x=0.01, horizontalalignment="left")
+        yield axes
+        entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=3)
         figure.savefig(path, metadata={"Date": None})

@@ -63,7 +63,11 @@ def subject(result: dict[str, Any]) -> str:
 
 def train(result: dict[str, Any]) -> str:
     """The table of a training result: accuracy, time and memory of each method, and how they were measured."""
+    settings = result["settings"]
     columns = ["optimizer", "test accuracy, %", "step, ms", "cost over SGD", "peak memory, MB"]
+    has_sharpness = any(method.get("sharpness") for method in result["methods"].values())
+    if has_sharpness:
+        columns += [f"loss rise at rho {settings['rho']}", "top eigenvalue"]
     rows = []
     for method in result["methods"].values():
         spread = "" if method["test_accuracy_std"] is None else f" ± {method['test_accuracy_std']:.2f}"
@@ -77,15 +81,55 @@ def train(result: dict[str, Any]) -> str:
                 f"{method['peak_memory_bytes'] / 1e6:.0f}",
             ]
         )
-    settings, method = result["settings"], next(iter(result["methods"].values()))
+        if has_sharpness:
+            rows[-1] += _sharpness(method["sharpness"])
+    method = next(iter(result["methods"].values()))
     epochs = f"{method['epochs']} epochs"
     if method["epochs"] < settings["epochs"]:
         epochs = f"stopped by the time budget after {method['epochs']} of {settings['epochs']} epochs"
-    seeds = "1 seed" if method["seeds"] == 1 else f"{method['seeds']} seeds (mean ± standard deviation)"
     amp = f", {settings['amp']} autocast" if settings["amp"] else ""
     caption = (
         f"{result['data']}, {settings['model']}, batch {settings['batch_size']}{amp}, {epochs}, "
-        f"{seeds}, rho {settings['rho']}, beta {settings['beta']}, gamma {settings['gamma']}. {machine(result)}"
+        f"{_seeds(method['seeds'])}, rho {settings['rho']}, beta {settings['beta']}, gamma {settings['gamma']}."
+    )
+    if has_sharpness:
+        caption += f" Sharpness of the trained networks, on {settings['sharpness_samples']} training images."
+    return f"{table(columns, rows)}\n\n{caption} {machine(result)}"
+
+
+def frontier(result: dict[str, Any]) -> str:
+    """The table of a sweep: what each configuration costs, and its accuracy at equal epochs and at equal time."""
+    settings, configurations = result["settings"], result["configurations"]
+    columns = ["configuration", "time over SGD", f"accuracy at {settings['epochs']} epochs, %", "Pareto front"]
+    columns += ["epochs in SGD's time", "accuracy, %", "time taken over SGD"]
+    has_sharpness = any(one["equal_epochs"] and one["equal_epochs"]["sharpness"] for one in configurations.values())
+    if has_sharpness:
+        columns += [f"loss rise at rho {settings['rho']}", "top eigenvalue"]
+    rows = []
+    for one in configurations.values():
+        by_epochs, by_time, sgd = one["equal_epochs"], one["equal_time"], configurations["sgd"]["equal_time"]
+        row = [one["label"], f"{one['training_time_over_sgd']:.2f}", "", "", "", "", ""]
+        if by_epochs:
+            row[2:4] = [_mean_and_std(by_epochs["test_accuracy"], ".2f"), "yes" if by_epochs["on_front"] else ""]
+        if by_time and sgd:
+            row[4:6] = [str(by_time["epochs"]), _mean_and_std(by_time["test_accuracy"], ".2f")]
+            row[6] = f"{by_time['seconds'] / sgd['seconds']:.2f}"
+        rows.append(row + (_sharpness(by_epochs and by_epochs["sharpness"]) if has_sharpness else []))
+    amp = f", {settings['amp']} autocast" if settings["amp"] else ""
+    by_epochs, by_time = (
+        max(row[panel]["seeds"] if row[panel] else 0 for row in configurations.values())
+        for panel in ("equal_epochs", "equal_time")
+    )
+    runs = result["runs"]
+    stopped = (
+        f" Stopped after {runs['finished']} of {runs['planned']} runs." if runs["finished"] < runs["planned"] else ""
+    )
+    caption = (
+        f"{result['data']}, {settings['model']}, batch {settings['batch_size']}{amp}, rho {settings['rho']}, beta "
+        f"{settings['beta']}, gamma {settings['gamma']} unless the row says otherwise; {_seeds(by_epochs)} at equal "
+        f"epochs and {_seeds(by_time)} in SGD's time; the learning rate anneals over a run's own epochs. A step's cost "
+        f"is the median of {settings['rounds']} interleaved rounds.{stopped} "
+        f"{machine(result)}"
     )
     return f"{table(columns, rows)}\n\n{caption}"
 
@@ -229,6 +273,23 @@ def _megabytes(size: int | None) -> str:
 
 def _time(row: dict[str, Any]) -> list[str]:
     return [_milliseconds(row["seconds"]), _ratio(row["time_over_sgd"])]
+
+
+def _seeds(number: int) -> str:
+    return "1 seed" if number == 1 else f"{number} seeds (mean ± standard deviation)"
+
+
+def _sharpness(sharpness: dict[str, Any] | None) -> list[str]:
+    """The two cells on a method's sharpness."""
+    if not sharpness:
+        return ["", ""]
+    return [_mean_and_std(sharpness["loss_rise"], ".4f"), _mean_and_std(sharpness["top_eigenvalue"], ".1f")]
+
+
+def _mean_and_std(values: dict[str, float | None], form: str) -> str:
+    """Mean ± standard deviation, the latter only if there are several values."""
+    spread = "" if values["std"] is None else f" ± {values['std']:{form}}"
+    return f"{values['mean']:{form}}{spread}"
 
 
 def _milliseconds(seconds: dict[str, float]) -> str:

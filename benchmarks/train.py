@@ -1,4 +1,4 @@
-"""The main job: train one network with SGD, SAM and ESAM, and tell what each costs and buys.
+"""The main job: train one network with SGD, SAM and ESAM, and tell what each costs and buys, and how sharp it ends.
 
 All methods start from the same weights and see the same batches, and take turns epoch by epoch, so that a disturbance
 of the machine meets all of them. A step's time includes the preparation of its batch on the device.
@@ -15,45 +15,51 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from . import data, options, plots, record, tables
+from . import data, options, plots, record, sharpness, tables
 from .measure import Stopwatch, peak_memory, ratio, spread
-from .methods import BF16_ON_ITS_OWN, METHODS, trainer
+from .methods import BF16_ON_ITS_OWN, METHODS, Settings, trainer
 
 TEST_BATCH = 1000
+DISTANCES = (0.5, 1, 2, 4, 8)  # of which the rise of the loss is measured, in units of rho
 
 Curves = dict[str, list[list[dict[str, float]]]]  # for each method, for each seed, for each epoch
+Sharpness = dict[str, list[dict[str, Any]]]  # for each method, for each seed that was finished
 
 
 class Run:
     """One network in training, by one method from one seed.
 
     Attributes:
-        curve: for each epoch its seconds of training, mean training loss and test accuracy in percent.
+        curve: for each epoch its seconds of training, mean training loss and, if tested, test accuracy in percent.
     """
 
-    def __init__(self, name: str, seed: int, images: data.ImageData, args: argparse.Namespace) -> None:
+    def __init__(
+        self, name: str, settings: Settings, epochs: int, images: data.ImageData, args: argparse.Namespace
+    ) -> None:
         self.images = images
-        self.batch_size = args.batch_size
+        self.args = args
         device = torch.device(args.device)
-        model = options.network(args, images.channels, images.classes, seed)
-        self.trainer = trainer(name, model, options.settings(args, seed=seed), device)
-        self.scheduler = CosineAnnealingLR(self.trainer.optimizer, T_max=args.epochs)
-        self.generator = torch.Generator(device).manual_seed(seed)
+        model = options.network(args, images.channels, images.classes, settings.seed)
+        self.trainer = trainer(name, model, settings, device)
+        self.scheduler = CosineAnnealingLR(self.trainer.optimizer, T_max=epochs)
+        self.generator = torch.Generator(device).manual_seed(settings.seed)
         self.stopwatch = Stopwatch(device)
         self.curve: list[dict[str, float]] = []
 
-    def train_epoch(self, progress: tqdm) -> None:
-        """Train for an epoch; host and device meet only at its end."""
+    def train_epoch(self, progress: tqdm, test: bool = True) -> None:
+        """Train for an epoch, and test; host and device meet only at its end."""
         self.stopwatch.mark()
         losses = []
-        for inputs, targets in self.images.train_batches(self.batch_size, self.generator):
+        for inputs, targets in self.images.train_batches(self.args.batch_size, self.generator):
             losses.append(self.trainer.step(inputs, targets))
             progress.update()
         self.stopwatch.mark()
         self.scheduler.step()
         (seconds,) = self.stopwatch.laps()
         loss = torch.stack(losses).mean().item()
-        self.curve.append({"seconds": seconds, "train_loss": loss, "test_accuracy": self.accuracy()})
+        self.curve.append({"seconds": seconds, "train_loss": loss})
+        if test:
+            self.curve[-1]["test_accuracy"] = self.accuracy()
 
     @torch.inference_mode()
     def accuracy(self) -> float:
@@ -64,36 +70,53 @@ class Run:
         self.trainer.model.train()
         return 100 * int(right) / len(self.images.test_labels)
 
+    def sharpness(self) -> dict[str, Any]:
+        """How sharp the minimum is that was reached, in the precision of the weights whatever the method trained in."""
+        # A copy, since a trainer may have put autocast into its network's forward.
+        model = options.network(self.args, self.images.channels, self.images.classes, seed=0)
+        model.load_state_dict(self.trainer.model.state_dict())
+        samples = list(self.images.training_sample(self.args.sharpness_samples, self.args.batch_size))
+        generator = torch.Generator(self.args.device).manual_seed(0)  # the same random directions for all
+        return sharpness.measure(sharpness.Landscape(model, samples), distances(self.args), generator)
+
+
+def distances(args: argparse.Namespace) -> list[float]:
+    """How far from the weights sharpness is measured."""
+    return [factor * args.rho for factor in DISTANCES]
+
 
 def memory_of(name: str, images: data.ImageData, args: argparse.Namespace) -> int:
     """Peak bytes of two steps of a method on its own: weights, gradients, optimizer state and activations."""
 
     def two_steps() -> None:
-        run = Run(name, 0, images, args)
+        run = Run(name, options.settings(args), args.epochs, images, args)
         for _, (inputs, targets) in zip(range(2), images.train_batches(args.batch_size, run.generator)):
             run.trainer.step(inputs, targets)
 
     return peak_memory(torch.device(args.device), two_steps)
 
 
-def train(images: data.ImageData, args: argparse.Namespace, deadline: float) -> Curves:
+def train(images: data.ImageData, args: argparse.Namespace, deadline: float) -> tuple[Curves, Sharpness]:
     """Train with every method from every seed, as far as the deadline lets it.
 
     Seeds come one after another, so that what is cut off by the deadline is a whole seed's training and not the end of
     every schedule. Within a seed the methods take turns epoch by epoch, in an order that rotates.
 
     Returns:
-        For each method the curves of its seeds, all methods being equally far.
+        For each method the curves of its seeds, all methods being equally far, and the sharpness after each seed that
+        was finished.
     """
     curves: Curves = {name: [] for name in args.optimizers}
+    sharpnesses: Sharpness = {name: [] for name in args.optimizers}
     rounds, longest = args.seeds * args.epochs, 0.0
     with tqdm(total=rounds * len(curves) * images.steps_per_epoch(args.batch_size), unit="step") as progress:
         for seed in range(args.seeds):
-            runs = {name: Run(name, seed, images, args) for name in curves}
+            settings = options.settings(args, seed=seed)
+            runs = {name: Run(name, settings, args.epochs, images, args) for name in curves}
             for epoch in range(args.epochs):
                 start = perf_counter()
                 if longest and start + longest > deadline:
-                    return curves
+                    return curves, sharpnesses
                 if epoch == 0:
                     for name, run in runs.items():
                         curves[name].append(run.curve)
@@ -102,7 +125,25 @@ def train(images: data.ImageData, args: argparse.Namespace, deadline: float) -> 
                     progress.set_description(f"seed {seed}, epoch {epoch + 1}/{args.epochs}, {METHODS[name].label}")
                     runs[name].train_epoch(progress)
                 longest = max(longest, perf_counter() - start)
-    return curves
+            progress.set_description(f"seed {seed}, sharpness")
+            for name, measured in sharpness_of_all(runs, args, deadline).items():
+                sharpnesses[name].append(measured)
+    return curves, sharpnesses
+
+
+def sharpness_of_all(runs: dict[str, Run], args: argparse.Namespace, deadline: float) -> dict[str, dict[str, Any]]:
+    """The sharpness of each method's network; of none, if it is not asked for or they would not end by the deadline."""
+    measured: dict[str, dict[str, Any]] = {}
+    if not args.sharpness_samples:
+        return measured
+    longest = 0.0
+    for name, run in runs.items():
+        start = perf_counter()
+        if start + (len(runs) - len(measured)) * longest > deadline:
+            return {}
+        measured[name] = run.sharpness()
+        longest = max(longest, perf_counter() - start)
+    return measured
 
 
 def summarize(curves: Curves, steps: int, epochs: int) -> dict[str, dict[str, Any]]:
@@ -123,27 +164,37 @@ def summarize(curves: Curves, steps: int, epochs: int) -> dict[str, dict[str, An
     return summary
 
 
+def summarize_sharpness(measured: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Mean and deviation over the seeds of what the table shows; None if there is nothing."""
+    if not measured:
+        return None
+    rises = [sharpness["gradient_rise"][DISTANCES.index(1)] for sharpness in measured]
+    eigenvalues = [sharpness["hessian"]["value"] for sharpness in measured]
+    return {"loss_rise": mean_and_std(rises), "top_eigenvalue": mean_and_std(eigenvalues)}
+
+
+def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and standard deviation over seeds; no deviation of a single one."""
+    return {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None}
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = options.make_parser(__doc__ or "")
+    parser = options.make_training_parser(__doc__ or "")
     add = parser.add_argument
     add("--optimizers", nargs="+", choices=METHODS, help="default: all that make sense")
-    add("--epochs", type=int, help="the learning rate anneals over them; default: 40 for digits, 200 for cifar10")
     add(
         "--time-budget",
         type=float,
         metavar="SECONDS",
         help="of the whole job; it stops after the last epoch that fits, at the earliest after one",
     )
-    add("--seeds", type=int, default=3, help="how many; default: %(default)s")
-    add("--amp", choices=options.AMP, help="train under autocast; fp16 with a GradScaler")
     args = options.parse(parser, argv, {"digits": {"epochs": 40}, "cifar10": {"epochs": 200}})
     if args.optimizers is None:
         args.optimizers = [name for name in METHODS if not (args.amp and name in BF16_ON_ITS_OWN)]
     elif args.amp and (odd := set(args.optimizers) & set(BF16_ON_ITS_OWN)):
         parser.error(f"--amp sets the precision of all passes: leave out {', '.join(sorted(odd))}")
-    if args.epochs < 1 or args.seeds < 1:
-        parser.error("--epochs and --seeds must be at least 1")
+    options.check_training(parser, args)
     return args
 
 
@@ -151,23 +202,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the job, write its results and print the table."""
     started = perf_counter()
     args = parse_args(argv)
-    images = options.images(args)
+    images = options.training_images(args)
     steps = images.steps_per_epoch(args.batch_size)
     memory = {name: memory_of(name, images, args) for name in tqdm(args.optimizers, "measuring memory", leave=False)}
     deadline = math.inf if args.time_budget is None else started + args.time_budget
-    curves = train(images, args, deadline)
+    curves, sharpnesses = train(images, args, deadline)
     summary = summarize(curves, steps, args.epochs)
     methods = {
-        name: {"label": METHODS[name].label, "peak_memory_bytes": memory[name], **summary[name]} for name in curves
+        name: {
+            "label": METHODS[name].label,
+            "peak_memory_bytes": memory[name],
+            **summary[name],
+            "sharpness": summarize_sharpness(sharpnesses[name]),
+        }
+        for name in curves
     }
     result = record.header("train", images.label, args)
     result |= {"steps_per_epoch": steps, "methods": methods, "curves": curves}
+    result |= {"sharpness": {"distances": distances(args), "seeds": sharpnesses}}
     stem = f"train_{args.data}_{args.device}"
     record.save(result, args.output, stem)
     plots.accuracy_over_time(result, args.output / f"{stem}_time.svg")
     plots.accuracy_over_cost(result, args.output / f"{stem}_cost.svg")
+    written = [f"{stem}.json", f"{stem}_time.svg", f"{stem}_cost.svg"]
+    if any(sharpnesses.values()):
+        plots.loss_around_minimum(result, args.output / f"{stem}_sharpness.svg")
+        written.append(f"{stem}_sharpness.svg")
     print(tables.train(result))
-    print(f"\nWritten to {args.output}: {stem}.json, {stem}_time.svg, {stem}_cost.svg")
+    print(f"\nWritten to {args.output}: {', '.join(written)}")
 
 
 if __name__ == "__main__":

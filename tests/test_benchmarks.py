@@ -334,8 +334,11 @@ def test_peak_memory_counts_what_lives_at_once():
 
 
 def test_train_end_to_end(tmp_path, capsys):
-    train.main(["--width", "4", "--epochs", "2", "--seeds", "2", "--output", str(tmp_path)])
-    assert all(method.label in capsys.readouterr().out for method in [METHODS["esam"]])
+    arguments = ["--width", "4", "--epochs", "2", "--seeds", "2", "--sharpness-samples", "40"]
+    train.main([*arguments, "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert METHODS["esam"].label in printed
+    assert "loss rise at rho 0.05 |" in printed
     result = json.loads((tmp_path / "train_digits_cpu.json").read_text())
     assert list(result["methods"]) == list(METHODS)
     for name, method in result["methods"].items():
@@ -344,10 +347,14 @@ def test_train_end_to_end(tmp_path, capsys):
         assert method["peak_memory_bytes"] > 0
         final = [curve[-1]["test_accuracy"] for curve in result["curves"][name]]
         assert method["test_accuracy_mean"] == pytest.approx(sum(final) / 2)
+        sharpness = result["sharpness"]["seeds"][name]
+        rises = [seed["gradient_rise"][result["sharpness"]["distances"].index(0.05)] for seed in sharpness]
+        assert method["sharpness"]["loss_rise"]["mean"] == pytest.approx(sum(rises) / 2)
+        assert method["sharpness"]["top_eigenvalue"]["std"] > 0
     assert result["methods"]["sgd"]["time_over_sgd"]["median"] == 1
     assert result["settings"]["rho"] == 0.05
     assert str(tmp_path) not in json.dumps(result)
-    for plot in ("time", "cost"):
+    for plot in ("time", "cost", "sharpness"):
         assert 1_000 < (tmp_path / f"train_digits_cpu_{plot}.svg").stat().st_size < 150_000
 
 
