@@ -7,13 +7,22 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 
 GPU_BENCHMARKS := bench-gpu-train bench-gpu-step-cost bench-gpu-frontier bench-gpu-kernels bench-gpu-memory
 
-.PHONY: bench test check format sanitize test-gpu bench-gpu $(GPU_BENCHMARKS) sanitize-gpu clean
+.PHONY: bench results test check format sanitize test-gpu bench-gpu $(GPU_BENCHMARKS) sanitize-gpu clean
 
-bench: $(READY)  # the short form of what SGD, SAM and ESAM cost and buy here, and the report on it; 6 minutes on 2 cores
-	$(BIN)/python -m benchmarks train --epochs 20
-	$(BIN)/python -m benchmarks step_cost --quick
-	$(BIN)/python -m benchmarks frontier --quick
+bench: $(READY)  # what SGD, SAM and ESAM cost and buy here, in short, with a report in build/bench; 6 minutes on 2 cores
+	$(BIN)/python -m benchmarks train --epochs 20 --output build/bench
+	$(BIN)/python -m benchmarks step_cost --quick --output build/bench
+	$(BIN)/python -m benchmarks frontier --quick --output build/bench
+	$(BIN)/python -m benchmarks memory --output build/bench
+	$(BIN)/python -m benchmarks report --results build/bench
+
+results: $(READY)  # the same in full, into benchmarks/results and the README; half an hour on 2 quiet cores
+	$(BIN)/python -m benchmarks train
+	$(BIN)/python -m benchmarks step_cost --time-budget 900
+	$(BIN)/python -m benchmarks frontier
 	$(BIN)/python -m benchmarks memory
+	$(BIN)/python -m benchmarks rounding
+	$(BIN)/python -m benchmarks kernels --models ResNet-18 ViT-B/16 --repeats 5
 	$(BIN)/python -m benchmarks report
 
 test: $(READY)  # the whole test suite; needs no GPU

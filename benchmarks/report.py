@@ -13,6 +13,8 @@ from typing import Any
 from . import options, page, plots, record, tables
 
 README = options.RESULTS.parent.parent / "README.md"
+# The README's rows of the frontier: the optimizers, the selection's controls, and SGD that stops early.
+HEADLINES = ("sgd", "sgd-short", "sam", "esam", "esam-bf16", "esam-loss", "esam-random", "esam-gamma1")
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,20 @@ KINDS = {
         {
             "_cost": Figure(plots.accuracy_over_cost, "Test accuracy of each optimizer over the time of its step."),
             "_time": Figure(plots.accuracy_over_time, "Test accuracy of each optimizer over its time of training."),
+            "_sharpness": Figure(
+                plots.loss_around_minimum,
+                "Rise of the training loss with the distance from the trained weights, for each optimizer.",
+                lambda result: any(result["sharpness"]["seeds"].values()),
+            ),
         },
         summarized=True,
+    ),
+    "frontier": Kind(
+        "Accuracy against cost",
+        "The same training with many options of ESAM, with SAM and with controls, for as many epochs as SGD and for as "
+        "much time.",
+        tables.frontier,
+        {"": Figure(plots.frontier, "Test accuracy of each configuration over the time of its step.")},
     ),
     "step_cost": Kind(
         "One step",
@@ -79,6 +93,12 @@ KINDS = {
         "weights that it perturbs; its last pass needs the activations of the selected samples alone. For convolutions "
         "activations count most, for wide linear layers weights do.",
         tables.memory,
+    ),
+    "rounding": Kind(
+        "Weights in bf16",
+        "A perturbation is smaller than what bf16 tells from zero beside a weight: rounded to nearest, part of it is "
+        "lost. ESAM rounds it stochastically, so that on average all of it arrives, with noise.",
+        tables.rounding,
     ),
     "kernels": Kind(
         "Operators",
@@ -161,13 +181,17 @@ def as_page(results: Results) -> str:
 
 
 def update(readme: str, results: Results) -> str:
-    """The README with what is between its ``results:`` markers made anew: the summary, and how training went."""
-    sections = {"summary": [SUMMARY, _escape(summary(results))], "train": []}
+    """The README with what is between its ``results:`` markers made anew: the summary, training, and the frontier."""
+    sections = {"summary": [SUMMARY, _escape(summary(results))], "train": [], "frontier": []}
     for kind, members in by_kind(results):
         for stem, result in members.items():
             if kind is KINDS["train"]:
                 plot = f"![{kind.figures['_cost'].description}](benchmarks/results/{stem}_cost.svg)"
                 sections["train"] += [_escape(kind.tables(result)), plot]
+            if kind is KINDS["frontier"]:
+                rows = {name: row for name, row in result["configurations"].items() if name in HEADLINES}
+                plot = f"![{kind.figures[''].description}](benchmarks/results/{stem}.svg)"
+                sections["frontier"] += [_escape(kind.tables(result | {"configurations": rows})), plot]
     for name, parts in sections.items():
         begin, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
         before, found_begin, rest = readme.partition(begin)

@@ -169,6 +169,27 @@ def step_cost(result: dict[str, Any]) -> str:
     )
 
 
+def rounding(result: dict[str, Any]) -> str:
+    """The table of what rounding the perturbation of bf16 weights does."""
+    columns = ["method, weights, rounding of e", "test accuracy, %", "projection on e", "length over e's"]
+    rows = [
+        [
+            label,
+            _mean_and_std(row["test_accuracy"], ".2f"),
+            *(f"{row[name]['mean']:.3f}" if name in row else "" for name in ("projection", "length")),
+        ]
+        for label, row in result["rows"].items()
+    ]
+    settings = result["settings"]
+    caption = (
+        f"{result['data']}, perceptron with two hidden layers of {settings['width']}, batch {settings['batch_size']}, "
+        f"{settings['epochs']} epochs, {_seeds(settings['seeds'])}, beta {settings['beta']}, "
+        f"gamma {settings['gamma']}. Projection and length are those of the weights' real move at the end of training. "
+        f"{machine(result)}"
+    )
+    return f"{table(columns, rows)}\n\n{caption}"
+
+
 def memory(result: dict[str, Any]) -> str:
     """The tables of peak memory: for each model every option of ESAM, with its backup and the floor under it."""
     parts = []

@@ -7,7 +7,7 @@ from itertools import chain, pairwise
 
 import pytest
 
-from benchmarks import kernels, memory, options, record, report, step_cost, tables, train
+from benchmarks import frontier, kernels, memory, options, record, report, rounding, step_cost, tables, train
 from benchmarks.__main__ import COMMANDS
 from benchmarks.__main__ import main as dispatch
 
@@ -22,6 +22,8 @@ def folder(tmp_path_factory):
     output = ["--output", str(folder)]
     train.main([*TINY, "--epochs", "1", "--seeds", "2", "--optimizers", "sgd", "sam", "esam", *output])
     step_cost.main([*TINY, "--models", "small", "--batch-sizes", "16", "--rounds", "1", *output])
+    frontier.main([*TINY, "--epochs", "1", "--seeds", "1", "--rounds", "1", "--configurations", "sgd", "esam", *output])
+    rounding.main([*TINY, "--epochs", "1", "--seeds", "1", *output])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "CASES", {"tiny": memory.Case("tiny", lambda: memory._mlp(3, 4, 10), (8, 3, 1, 1))})
         memory.main(["--device", "cpu", *output])
@@ -79,7 +81,7 @@ def test_the_page_loads_nothing_and_its_links_lead_somewhere(results):
 def test_the_page_shows_every_result_with_its_tables_plots_and_settings(results):
     page = Page(report.as_page(results))
     assert {a["id"] for tag, a in page.elements if tag == "article"} == set(results)
-    assert sum(tag == "svg" for tag, _ in page.elements) == 2
+    assert sum(tag == "svg" for tag, _ in page.elements) == 4
     for result in results.values():
         kind = report.KINDS[result["benchmark"]]
         for block in tables.blocks(kind.tables(result)):
@@ -103,7 +105,12 @@ def test_the_markdown_shows_every_result_and_its_plots(folder, results):
     assert all(f"({stem}.json)" in markdown for stem in results)
     report.write(folder)
     plots = re.findall(r"!\[.*?\]\((.*?)\)", markdown)
-    assert plots == ["train_digits_cpu_cost.svg", "train_digits_cpu_time.svg"]
+    assert plots == [
+        "train_digits_cpu_cost.svg",
+        "train_digits_cpu_time.svg",
+        "train_digits_cpu_sharpness.svg",
+        "frontier_digits_cpu.svg",
+    ]
     assert all((folder / plot).stat().st_size > 1_000 for plot in plots)
 
 
@@ -114,7 +121,7 @@ def test_the_report_is_made_of_the_results_alone(folder):
 
     first = written()
     for path in folder.iterdir():
-        if path.suffix != ".json":
+        if path.suffix not in (".json", ".jsonl"):
             path.write_text("stale")
     assert written() == first
 
@@ -169,7 +176,7 @@ def test_the_summary_has_costs_and_gains_of_known_results():
 
 
 def test_the_readme_is_rewritten_between_its_markers(results):
-    sections = ("summary", "train")
+    sections = ("summary", "train", "frontier")
     empty = "Title\n" + "".join(f"<!-- results:{name} -->\nold\n<!-- /results:{name} -->\ntext\n" for name in sections)
     once = report.update(empty, results)
     assert "old" not in once
@@ -177,6 +184,7 @@ def test_the_readme_is_rewritten_between_its_markers(results):
     assert once.endswith("text\n")
     assert tables.train(results["train_digits_cpu"]) in once
     assert "](benchmarks/results/train_digits_cpu_cost.svg)" in once
+    assert "](benchmarks/results/frontier_digits_cpu.svg)" in once
     assert report.update(once, results) == once
     with pytest.raises(ValueError, match="the README lacks the lines"):
         report.update("no markers", results)
@@ -219,12 +227,13 @@ def test_one_command_line_for_all(capsys):
 def test_kernels_with_their_rivals(results):
     result = results["kernels_cpu"]
     weights, samples, caption = tables.blocks(tables.kernels(result))
-    assert [row[0] for row in weights.rows] == [
-        "squared_norm",
-        "perturb",
-        "norm_and_perturb",
-        "perturb_masked",
-        "restore",
+    assert [tuple(row[:2]) for row in weights.rows] == [
+        ("squared_norm", "ResNet-18"),
+        ("perturb", "ResNet-18"),
+        ("norm_and_perturb", "ResNet-18"),
+        ("perturb_masked", "ResNet-18"),
+        ("restore", "ResNet-18"),
+        ("norm_and_perturb", "ResNet-18, 1 thread"),
     ]
     assert {row[0] for row in samples.rows} == {"select_top"}
     rivals = result["operators"][1]["rivals"]

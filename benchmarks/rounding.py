@@ -1,0 +1,140 @@
+"""Weights in bf16 alone: what it does to ESAM that their perturbation rounds stochastically, and not to nearest.
+
+A perturbation is far smaller than a weight, so that in bf16, which keeps 8 bits, rounding to nearest loses part of it.
+The network is a wide perceptron, whose perturbation is spread over a million weights; the data are scikit-learn's
+digits with a fifth of the training labels wrong, as in the frontier. Steps of the base optimizer round to nearest in
+every row, as torch's own do.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from tqdm import trange
+
+from esam_kernels import ops, sharpness
+
+from . import data, options, record, tables
+from .methods import Settings, per_sample_loss, trainer
+from .train import TEST_BATCH, mean_and_std
+
+LABEL_NOISE = 0.2
+
+
+class Row(NamedTuple):
+    """A row of the table: its name there, the weights' dtype, and for ESAM its radius and how e is rounded."""
+
+    label: str
+    dtype: torch.dtype
+    rho: float = 0.0
+    nearest: bool = False
+
+
+def rows_of(rhos: Sequence[float]) -> list[Row]:
+    """SGD, and ESAM with each radius, in every precision."""
+    rows = [Row("SGD, float32 weights", torch.float32), Row("SGD, bf16 weights", torch.bfloat16)]
+    for rho in rhos:
+        rows.append(Row(f"ESAM, rho {rho}, float32 weights", torch.float32, rho))
+        rows.append(Row(f"ESAM, rho {rho}, bf16 weights, stochastic", torch.bfloat16, rho))
+        rows.append(Row(f"ESAM, rho {rho}, bf16 weights, to nearest", torch.bfloat16, rho, nearest=True))
+    return rows
+
+
+@contextmanager
+def rounding_to_nearest() -> Iterator[None]:
+    """Let ESAM perturb without random bits: the control, for which it has no option."""
+    with patch.object(sharpness.Perturbation, "_mask", lambda *_: None):
+        yield
+
+
+def network(width: int, images: data.ImageData, seed: int, dtype: torch.dtype) -> nn.Sequential:
+    """Two hidden layers with the initial weights of a seed."""
+    torch.manual_seed(seed)
+    inputs = images.train_images[0].numel()
+    layers = [nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+    model = nn.Sequential(nn.Flatten(), *layers, nn.Linear(width, images.classes))
+    return model.to(images.train_images.device, dtype)
+
+
+def train(row: Row, seed: int, images: data.ImageData, args: argparse.Namespace) -> dict[str, float]:
+    """Train to the end; test accuracy in percent, and for ESAM what its perturbation is like there."""
+    device = torch.device(args.device)
+    settings = Settings(args.lr, 0.9, 5e-4, row.rho, args.beta, args.gamma, seed=seed)
+    model = network(args.width, images, seed, row.dtype)
+    method = trainer("esam" if row.rho else "sgd", model, settings, device)
+    scheduler = CosineAnnealingLR(method.optimizer, T_max=args.epochs)
+    generator = torch.Generator(device).manual_seed(seed)
+    with rounding_to_nearest() if row.nearest else nullcontext():
+        for _ in range(args.epochs):
+            for inputs, targets in images.train_batches(args.batch_size, generator):
+                method.step(inputs.to(row.dtype), targets)
+            scheduler.step()
+    with torch.inference_mode():
+        batches = images.test_batches(TEST_BATCH)
+        right = sum((model(inputs.to(row.dtype)).argmax(1) == labels).sum() for inputs, labels in batches)
+    result = {"test_accuracy": 100 * int(right) / len(images.test_labels)}
+    if row.rho:
+        loss = per_sample_loss(model(inputs.to(row.dtype)), targets).mean()
+        result["projection"], result["length"] = move(list(model.parameters()), loss, row)
+    return result
+
+
+def move(weights: list[nn.Parameter], loss: Tensor, row: Row) -> tuple[float, float]:
+    """How the weights really move by e = rho g / norm of g: the projection on e, and the length, both over e's length.
+
+    Args:
+        weights: n parameters in all, which stay as they are.
+        loss: of which g is the gradient.
+        row: radius and rounding.
+    """
+    grads = torch.autograd.grad(loss, weights)
+    norm = ops.squared_norm(weights, grads).sqrt()
+    moved = [weight.detach().clone() for weight in weights]
+    backups = [torch.empty_like(weight) for weight in moved]
+    bits = None if row.nearest else ops.ElementMask(0, 0, range(len(weights)), 1.0, [0] * len(weights))
+    ops.perturb_(moved, grads, backups, [row.rho] * len(weights), norm, False, bits)
+    moves = torch.cat([(new.double() - old.double()).flatten() for new, old in zip(moved, backups)])
+    exact = torch.cat([grad.double().flatten() for grad in grads]) * (row.rho / norm.double())
+    return (moves @ exact / exact.square().sum()).item(), (moves.norm() / exact.norm()).item()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train every row from every seed, write the result and print the table."""
+    parser = options.base_parser(__doc__ or "")
+    add = parser.add_argument
+    add("--width", type=int, default=1024, help="of both hidden layers; default: %(default)s")
+    add("--batch-size", type=int, default=128, help="default: %(default)s")
+    add("--epochs", type=int, default=30, help="default: %(default)s")
+    add("--seeds", type=int, default=5, help="how many; default: %(default)s")
+    add("--lr", type=float, default=0.1, help="peak learning rate; default: %(default)s")
+    add("--rho", type=float, nargs="+", default=[0.01, 0.05], help="one or more; default: 0.01 0.05")
+    add("--beta", type=float, default=0.6, help="default: %(default)s")
+    add("--gamma", type=float, default=0.5, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    if min(args.width, args.batch_size, args.epochs, args.seeds) < 1:
+        parser.error("--width, --batch-size, --epochs and --seeds must be at least 1")
+    if min(args.rho) <= 0:
+        parser.error(f"--rho {min(args.rho)}: must be above 0")
+    options.prepare(args)
+    images = data.load("digits", None, torch.device(args.device), torch.contiguous_format)
+    images = data.flip_labels(images, LABEL_NOISE)
+    plan = rows_of(args.rho)
+    runs: dict[str, list[dict[str, float]]] = {row.label: [] for row in plan}
+    for seed in trange(args.seeds, unit="seed"):
+        for row in plan:
+            runs[row.label].append(train(row, seed, images, args))
+    rows = {
+        label: {name: mean_and_std([run[name] for run in found]) for name in found[0]} for label, found in runs.items()
+    }
+    result = record.header("rounding", images.label, args) | {"rows": rows, "runs": runs}
+    record.save(result, args.output, f"rounding_{args.device}")
+    print(tables.rounding(result))
+
+
+if __name__ == "__main__":
+    main()
