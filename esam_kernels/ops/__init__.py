@@ -29,9 +29,8 @@ _MODULES = {"reference": "reference", "triton": "triton_kernels", "native": "nat
 
 _backends: dict[str, ModuleType] = {}  # imported when they are first needed: importing Triton takes half a second
 _forced: ContextVar[str | None] = ContextVar("esam_kernels_backend", default=None)
-_traced: str | None = (
-    None  # the same for torch.compile, which cannot read a ContextVar, and compiles anew when this changes
-)
+# The same for torch.compile, which cannot read a ContextVar, and compiles anew when this changes.
+_traced: str | None = None
 
 
 @torch.no_grad()
