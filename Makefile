@@ -52,7 +52,7 @@ test-gpu:
 	timeout 120 $(PYTHON) setup.py --quiet build_ext --inplace
 	status=0; \
 	timeout 150 $(PYTHON) -m pytest -q -p no:cacheprovider tests/test_operators.py || status=$$?; \
-	timeout 90 $(PYTHON) -m pytest -q -p no:cacheprovider -m gpu tests || status=$$?; \
+	timeout 90 $(PYTHON) -m pytest -q -p no:cacheprovider -m gpu $(shell grep -l mark.gpu tests/test_*.py) || status=$$?; \
 	timeout 180 $(PYTHON) -m benchmarks kernels --device cuda || status=$$?; \
 	exit $$status
 

@@ -67,7 +67,7 @@ class ShardedModules:
 
         Raises:
             ValueError: if they are sharded in another way than ``fully_shard`` shards them by default, some of them are
-                not, or their modules are not known.
+                not, their modules are not known, or ranks may use different ones.
         """
         fsdp: Any = sys.modules.get("torch.distributed.fsdp")
         modules = list(modules) if fsdp is not None else []
@@ -84,6 +84,11 @@ class ShardedModules:
             state._lazy_init()  # which learns dtypes from the parameters that require gradients, so before any does not
             states.update((id(one), one) for one in state._state_ctx.all_states)
         self._states: list[Any] = list(states.values())
+        if any(group.reduce_scatter_unused_params for state in self._states for group in state._fsdp_param_groups):
+            raise ValueError(
+                "set_reduce_scatter_unused_params(True) lets ranks use different parameters, of which ESAM's first "
+                "pass may reach some on one rank and none on another: leave it off"
+            )
         self._modules = sharded
 
     def __bool__(self) -> bool:

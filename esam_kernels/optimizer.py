@@ -207,6 +207,7 @@ class ESAM(torch.optim.Optimizer):
         self._require_idle("load_state_dict()")
         before = [{key: group[key] for key in self._keys.values()} for group in self.param_groups]
         self.base.load_state_dict(state_dict)
+        self._progress.has_gradient = False
         for group, settings in zip(self.param_groups, before):
             for key, value in settings.items():
                 group.setdefault(key, value)
@@ -240,6 +241,7 @@ class ESAM(torch.optim.Optimizer):
                 "losses, and has no backward() or zero_grad() of its own"
             )
         self.base.zero_grad(set_to_none)
+        self._progress.has_gradient = False
 
     # A step: a sharpness-aware backward, and an ordinary step.
 

@@ -244,11 +244,13 @@ def ascend_on_replica(
         samples.append(sample.detach())
         loss = scale(sample.weighted_sum / divisor(samples[0].total_weight))
         # Not backward(): that would fill .grad, fire the hooks on it, and compute the gradients of all weights.
-        found = rollback.interruptible(torch.autograd.grad, loss, params, allow_unused=True)
+        found = list(rollback.interruptible(torch.autograd.grad, loss, params, allow_unused=True))
         if any(grad is None for grad in found):
             refuse_reentrant_checkpoints(loss)
-        # Not in place: autograd may return one tensor for two parameters, or a view that repeats an element.
-        grads = [b if a is None else a if b is None else a + b for a, b in zip(grads, found)]
+        for i, (total, grad) in enumerate(zip(grads, found)):
+            # Not in place: autograd may return one tensor for two parameters, or a view that repeats an element.
+            grads[i] = grad if total is None else total if grad is None else total + grad
+            found[i] = None  # two lists are in memory at most
         del sample, loss, found  # the graph, with its activations, before the next one is built
     return samples, grads
 

@@ -47,7 +47,11 @@ def run(module: str, world: int, folder: Path, backend: str = "gloo") -> Callabl
     for one in processes:
         one.start()
     for one in processes:
-        one.join()
+        one.join(300)
+        if one.exitcode not in (0, -signal.SIGKILL):
+            for each in processes:
+                each.kill()
+            raise AssertionError(f"a rank has ended with the exit code {one.exitcode} (None: it has not ended)")
     last = list(importlib.import_module(module).SCENARIOS)[-1]
     found = [torch.load(folder / f"{rank}.pt", "cpu", weights_only=False) for rank in range(world)]
     for rank, one in zip(found, processes):

@@ -1,6 +1,7 @@
 """The code in docs/recipes.md is what runs here, on small models and data, followed by a check of what it promises."""
 
 import copy
+import importlib.util
 import math
 import os
 import re
@@ -62,7 +63,7 @@ class Recipe:
     def check_trained(self, steps: int = BATCHES) -> None:
         assert self.steps() == steps
         assert all(value.isfinite().all() for value in values(self["model"]))
-        assert not same(values(self["model"])[:2], values(self.start)[:2])
+        assert not same(*([value.cpu() for value in values(one)[:2]] for one in (self["model"], self.start)))
 
 
 def test_every_recipe_with_code_is_tested():
@@ -102,6 +103,21 @@ def test_float16():
     recipe.run(recipe.blocks[0].replace("scaler = ", "scaler = scaler; "))
     assert same(recipe["model"].parameters(), before)
     assert recipe["scaler"].get_scale() < torch.amp.GradScaler(DEVICE).get_scale()
+
+
+def test_weights_in_bfloat16():
+    recipe = Recipe("Weights in bfloat16").run()
+    recipe.check_trained()
+    assert {param.dtype for param in recipe["model"].parameters()} == {torch.bfloat16}
+
+
+def test_tied_and_unused_weights():
+    recipe = Recipe("Tied and unused weights").run()
+    recipe.check_trained()
+    model = recipe["model"]
+    assert model[2].weight is model[4].weight
+    assert len(list(model.parameters())) == 8
+    assert not model.unused.any()
 
 
 def test_gradient_clipping():
@@ -150,8 +166,10 @@ def test_torch_compile(monkeypatch):
     with torch._dynamo.config.patch(error_on_recompile=True):
         recipe.run(recipe.blocks[0][recipe.blocks[0].index("for ") :]).check_trained(2 * BATCHES)
     model, optimizer = recipe.twin()
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.99)
     for batch in [*recipe["loader"]] * 2:
         optimizer.step(batch_closure(model, recipe["loss_fn"], *batch))
+        scheduler.step()
     for mine, theirs in zip(values(recipe["model"]), values(model)):
         torch.testing.assert_close(mine, theirs)
     torch._dynamo.reset()
@@ -171,7 +189,8 @@ def test_averaged_weights():
 
 
 def test_checkpoint_and_resume():
-    dropout = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3)).to(DEVICE)
+    p = 0.5 if DEVICE == "cpu" else 0.0  # the recipe keeps the CPU's random state
+    dropout = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(p), nn.Linear(8, 3)).to(DEVICE)
     recipe = Recipe("Checkpoint and resume", model=dropout)
     save, resume = recipe.blocks
     batches = list(recipe["loader"])
@@ -258,8 +277,11 @@ def share(rank: int, recipe: Recipe) -> list[tuple[Tensor, Tensor]]:
 def data_parallel(rank: int):
     recipe = Recipe("DistributedDataParallel")
     recipe.names["loader"] = share(rank, recipe)
-    recipe.run().check_trained(BATCHES // 2)
-    return [param.detach() for param in recipe["model"].parameters()]
+    found = []
+    for block in recipe.blocks:
+        recipe.run(block).check_trained(BATCHES // 2)
+        found += [param.detach().clone() for param in recipe["model"].parameters()]
+    return found
 
 
 def sharded(rank: int):
@@ -273,14 +295,30 @@ def sharded(rank: int):
     recipe.run(train, save)
     assert recipe.steps() == BATCHES // 2
     saved = [param.full_tensor().detach() for param in recipe["model"].parameters()]
-    recipe.run(train[train.index("for inputs") :])
+    again = train[train.index("for inputs") :]
+    recipe.run(again)
     later = [param.full_tensor().detach() for param in recipe["model"].parameters()]
     recipe.run(load)
     assert recipe.steps() == BATCHES // 2
-    return saved, later, [param.full_tensor().detach() for param in recipe["model"].parameters()]
+    loaded = [param.full_tensor().detach() for param in recipe["model"].parameters()]
+    recipe.run(again)
+    return saved, loaded, later, [param.full_tensor().detach() for param in recipe["model"].parameters()]
 
 
-SCENARIOS = {"data parallel": (data_parallel, {}), "sharded": (sharded, {})}
+def lightning(rank: int):
+    """As torchrun starts it. Lightning takes the process group that is there, and gives each rank its share."""
+    if importlib.util.find_spec("pytorch_lightning") is None:
+        return None
+    ranks_of = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+    os.environ.update({name: str(value) for name, value in ranks_of.items()}, TORCHELASTIC_RUN_ID="test")
+    torch.manual_seed(rank)
+    digits, recipe = on_digits("PyTorch Lightning")
+    recipe.run(recipe.blocks[0].replace("max_epochs=3", "max_epochs=3, accelerator='cpu', devices=2, strategy='ddp'"))
+    assert recipe["trainer"].world_size == 2
+    return digits.accuracy(recipe["model"]), recipe["trainer"].global_step, values(recipe["model"])
+
+
+SCENARIOS = {"data parallel": (data_parallel, {}), "sharded": (sharded, {}), "lightning": (lightning, {})}
 
 
 @pytest.fixture(scope="module")
@@ -297,9 +335,20 @@ def test_distributed_data_parallel(results):
 
 @pytest.mark.skipif(torch.__version__ < (2, 13), reason="needs torch 2.13")
 def test_fsdp2(results):
-    for saved, later, loaded in results("sharded"):
+    for saved, loaded, later, later_again in results("sharded"):
         assert same(loaded, saved)
         assert not same(later, saved)
+        assert same(later_again, later)  # with AdamW's moments
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="the scenario before it needs torch 2.13")
+def test_lightning_with_two_processes(results):
+    if (found := results("lightning")) == [None, None]:
+        pytest.skip("needs the extra 'trainers'")
+    (accuracy, steps, one), (_, _, other) = found
+    assert same(one, other)
+    assert accuracy > 0.75
+    assert steps == 3 * math.ceil(len(Digits().train) / (2 * 16))
 
 
 # Trainers, on handwritten digits.
@@ -353,13 +402,15 @@ def test_lightning():
     assert trainer.callback_metrics["loss"].isfinite()
 
     # Resumed from Lightning's own checkpoint, it ends where a run that was never stopped ends.
-    path = next(Path("checkpoints").glob("*.ckpt"))
     data = DataLoader(digits.train, batch_size=16)
-    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    keep = lightning.callbacks.ModelCheckpoint("kept", filename="{epoch}", save_top_k=-1)
+    options = {"max_epochs": 3, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     ends = []
-    for epochs in (1, 1):
+    for path in (None, "kept/epoch=1.ckpt"):
         module = recipe["Classifier"](copy.deepcopy(recipe.start))
-        lightning.Trainer(max_epochs=3 + epochs, **options).fit(module, data, ckpt_path=path)
+        trainer = lightning.Trainer(callbacks=[] if path else [keep], **options)
+        trainer.fit(module, data, ckpt_path=path)
+        assert trainer.optimizers[0].param_groups[0]["esam_step"] == 3 * len(data)
         ends.append(values(module.model))
     assert same(*ends)
 

@@ -259,6 +259,27 @@ def test_a_bad_closure(closure, rho):
     works(model, optimizer)
 
 
+@pytest.mark.parametrize("forget", ["zero_grad", "load_state_dict"])
+def test_a_closure_without_an_index_is_called_for_a_gradient_that_is_there_alone(forget):
+    """A trainer's own, which runs hooks; with no gradient it would make an ordinary step of ESAM's."""
+    model = mlp()
+    optimizer = sgd(model)
+    calls = []
+    optimizer.backward(batch_closure(model, cross_entropy, INPUTS, TARGETS))
+    optimizer.step(lambda: calls.append(1))
+    assert calls == [1]
+    optimizer.backward(batch_closure(model, cross_entropy, INPUTS, TARGETS))
+    if forget == "zero_grad":
+        optimizer.zero_grad()
+    else:
+        optimizer.load_state_dict(optimizer.state_dict())
+    before = values(model)
+    with pytest.raises(TypeError, match="takes no index"):
+        optimizer.step(lambda: calls.append(2))
+    assert calls == [1]
+    assert same(values(model), before)
+
+
 class Lookup(nn.Module):
     def __init__(self, sparse: bool) -> None:
         super().__init__()

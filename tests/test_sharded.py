@@ -344,7 +344,8 @@ def checkpoint(rank, granularity):
 def refusals(rank):
     """What each raises."""
     partly = network()
-    sharded = shard(network())
+    sharded, differently = shard(network()), shard(network())
+    differently.set_reduce_scatter_unused_params(True)
     cases = {
         "another dimension": (
             fully_shard(nn.Linear(12, 12, bias=False).to(device()), shard_placement_fn=lambda _: Shard(1)),
@@ -352,6 +353,7 @@ def refusals(rank):
         ),
         "not all": (fully_shard(partly, ignored_params={partly[0].weight}), {}),
         "all micro-batches": (sharded, {"select_over": "all"}),
+        "different parameters": (differently, {}),
     }
     if device() == "cuda":  # it runs on no CPU
         cases["the old one"] = FullyShardedDataParallel(network(), device_id=rank), {}
@@ -371,7 +373,7 @@ def refusals(rank):
 def a_killed_rank(rank):
     """It dies while the others wait for its gradients in pass 3."""
     if dist.get_world_size() == 1 or dist.get_backend() != "gloo":  # NCCL's watchdog ends the process
-        return [True]
+        return [True] if rank == 0 else None
     model = shard(network())
     closure, calls = closures_of(model, rank, [12], 0)[0], 0
     before = shards(model)
@@ -506,10 +508,11 @@ def test_what_cannot_be_done_is_refused(results):
         "not all": "ignored_params",
         "the old one": "fully_shard",
         "all micro-batches": "select_over='micro_batch'",
+        "different parameters": "leave it off",
         "an unknown model": "model=model",
     }
     for messages in results("refusals"):
-        assert len(messages) >= 4
+        assert len(messages) >= 5
         for name, message in messages.items():
             assert fixes[name] in message
 

@@ -51,6 +51,7 @@ def main(folder: Path) -> None:
         stopping = True
 
     signal.signal(signal.SIGTERM, stop)
+    torch.set_num_threads(1)  # as the run that is never killed has them
     run = Run()
     if (folder / "checkpoint").exists():
         run.load(folder)
