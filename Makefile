@@ -12,14 +12,14 @@ GPU_BENCHMARKS := bench-gpu-train bench-gpu-step-cost bench-gpu-frontier bench-g
 bench: $(READY)  # what SGD, SAM and ESAM cost and buy here, in short, with a report in build/bench; 6 minutes on 2 cores
 	$(BIN)/python -m benchmarks train --epochs 20 --output build/bench
 	$(BIN)/python -m benchmarks step_cost --quick --output build/bench
-	$(BIN)/python -m benchmarks frontier --quick --output build/bench
+	$(BIN)/python -m benchmarks frontier --quick --restart --output build/bench
 	$(BIN)/python -m benchmarks memory --output build/bench
 	$(BIN)/python -m benchmarks report --results build/bench
 
 results: $(READY)  # the same in full, into benchmarks/results and the README; half an hour on 2 quiet cores
 	$(BIN)/python -m benchmarks train
 	$(BIN)/python -m benchmarks step_cost --time-budget 900
-	$(BIN)/python -m benchmarks frontier
+	$(BIN)/python -m benchmarks frontier --restart
 	$(BIN)/python -m benchmarks memory
 	$(BIN)/python -m benchmarks rounding
 	$(BIN)/python -m benchmarks kernels --models ResNet-18 ViT-B/16 --repeats 5
@@ -57,7 +57,7 @@ test-gpu:
 	exit $$status
 
 # The benchmarks in full on a GPU, with the Python that is there, where test-gpu has built the library; each part ends
-# within 9 minutes, by itself or by force.
+# within 9 minutes, by itself or by force. SAM's row needs the package pytorch_optimizer.
 # CIFAR10: cifar-10-python.tar.gz, its folder, or a pack of JPEG files.
 ON_GPU = PYTHONPATH=. timeout 540 $(PYTHON) -m benchmarks
 ON_CIFAR10 = --device cuda --data cifar10 --data-file "$(CIFAR10)" --channels-last

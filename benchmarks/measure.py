@@ -81,6 +81,7 @@ def peak_memory(device: torch.device, work: Callable[[], None]) -> int:
     gc.collect()
     if device.type == "cuda":
         work()  # what cuBLAS and others allocate once and keep is no part of this work
+        gc.collect()  # what the first run has left in reference cycles
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()

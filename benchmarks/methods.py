@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
-import pytorch_optimizer
 import torch
 from torch import Tensor, nn
 
@@ -96,6 +95,8 @@ class SAMTrainer(Trainer):
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """SAM around SGD; its second half steps through the loss scaler, of which it knows nothing itself."""
+        import pytorch_optimizer  # here, since the benchmarks without this row run where it is missing
+
         sam = pytorch_optimizer.SAM(
             self.model.parameters(), torch.optim.SGD, rho=self.settings.rho, **self.settings.sgd
         )

@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.prepare(args)
     images = data.load("digits", None, torch.device(args.device), torch.contiguous_format)
     images = data.flip_labels(images, LABEL_NOISE)
+    result = record.header("rounding", images.label, args)  # of the code that is about to run
     plan = rows_of(args.rho)
     runs: dict[str, list[dict[str, float]]] = {row.label: [] for row in plan}
     for seed in trange(args.seeds, unit="seed"):
@@ -131,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = {
         label: {name: mean_and_std([run[name] for run in found]) for name in found[0]} for label, found in runs.items()
     }
-    result = record.header("rounding", images.label, args) | {"rows": rows, "runs": runs}
+    result |= {"rows": rows, "runs": runs}
     record.save(result, args.output, f"rounding_{args.device}")
     print(tables.rounding(result))
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .methods import per_sample_loss
 
@@ -60,7 +61,9 @@ class Landscape:
         """The mean loss's Hessian times a vector: the gradient of gradient · vector, batch by batch."""
         product = torch.zeros_like(vector)
         for batch in self._batches:
-            gradient = self.vector(torch.autograd.grad(self._share(*batch), self.weights, create_graph=True))
+            with sdpa_kernel(SDPBackend.MATH):  # the fused attentions have no second derivative
+                share = self._share(*batch)
+            gradient = self.vector(torch.autograd.grad(share, self.weights, create_graph=True))
             # A weight that enters linearly has no second derivative.
             second = torch.autograd.grad(gradient @ vector, self.weights, materialize_grads=True)
             product += self.vector(second)
@@ -71,7 +74,8 @@ class Landscape:
 
         The weights are put back bit for bit, whatever is raised.
         """
-        unit = direction / direction.norm()
+        norm = direction.norm()
+        unit = direction / norm.where(norm > 0, 1.0)  # a gradient may be zero
         parts = [part.view_as(weight) for part, weight in zip(unit.split(self._sizes), self.weights)]
         backups = [weight.detach().clone() for weight in self.weights]
         losses = []

@@ -203,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = perf_counter()
     args = parse_args(argv)
     images = options.training_images(args)
+    result = record.header("train", images.label, args)  # of the code that is about to run
     steps = images.steps_per_epoch(args.batch_size)
     memory = {name: memory_of(name, images, args) for name in tqdm(args.optimizers, "measuring memory", leave=False)}
     deadline = math.inf if args.time_budget is None else started + args.time_budget
@@ -217,7 +218,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         for name in curves
     }
-    result = record.header("train", images.label, args)
     result |= {"steps_per_epoch": steps, "methods": methods, "curves": curves}
     result |= {"sharpness": {"distances": distances(args), "seeds": sharpnesses}}
     stem = f"train_{args.data}_{args.device}"

@@ -244,7 +244,7 @@ def ascend_on_replica(
         samples.append(sample.detach())
         loss = scale(sample.weighted_sum / divisor(samples[0].total_weight))
         # Not backward(): that would fill .grad, fire the hooks on it, and compute the gradients of all weights.
-        found = list(rollback.interruptible(torch.autograd.grad, loss, params, allow_unused=True))
+        found: list[Tensor | None] = list(rollback.interruptible(torch.autograd.grad, loss, params, allow_unused=True))
         if any(grad is None for grad in found):
             refuse_reentrant_checkpoints(loss)
         for i, (total, grad) in enumerate(zip(grads, found)):

@@ -334,7 +334,7 @@ def test_peak_memory_counts_what_lives_at_once():
 
 
 def test_train_end_to_end(tmp_path, capsys):
-    arguments = ["--width", "4", "--epochs", "2", "--seeds", "2", "--sharpness-samples", "40"]
+    arguments = ["--device", "cpu", "--width", "4", "--epochs", "2", "--seeds", "2", "--sharpness-samples", "40"]
     train.main([*arguments, "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     assert METHODS["esam"].label in printed
@@ -359,8 +359,8 @@ def test_train_end_to_end(tmp_path, capsys):
 
 
 def test_a_time_budget_stops_at_an_epoch_and_says_so(tmp_path, capsys):
-    arguments = ["--width", "4", "--optimizers", "sgd", "esam", "--time-budget", "0", "--output", str(tmp_path)]
-    train.main(arguments)
+    arguments = ["--device", "cpu", "--width", "4", "--optimizers", "sgd", "esam", "--time-budget", "0"]
+    train.main([*arguments, "--output", str(tmp_path)])
     assert "stopped by the time budget after 1 of 40 epochs" in capsys.readouterr().out
     result = json.loads((tmp_path / "train_digits_cpu.json").read_text())
     assert {name: len(curves) for name, curves in result["curves"].items()} == {"sgd": 1, "esam": 1}
@@ -389,7 +389,8 @@ def test_defaults_follow_the_paper_unless_given():
 
 def run_step_cost(folder, *arguments):
     """One counted round of a tiny network."""
-    step_cost.main(["--width", "4", "--batch-sizes", "16", "--rounds", "1", "--output", str(folder), *arguments])
+    shared = ["--device", "cpu", "--width", "4", "--batch-sizes", "16", "--rounds", "1", "--output", str(folder)]
+    step_cost.main([*shared, *arguments])
     return [json.loads(path.read_text()) for path in sorted(folder.glob("step_cost_*.json"))]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import data, sharpness, train
+from benchmarks import data, models, sharpness, train
 from benchmarks.sharpness import Landscape
 
 
@@ -148,7 +148,7 @@ def test_training_samples_are_always_the_same_and_of_all_classes():
 def test_a_bf16_methods_sharpness_is_measured_in_float32():
     """The trainer has put autocast into its network's forward; the same weights have the same sharpness without."""
     images = data.load("digits", None, torch.device("cpu"), torch.contiguous_format)
-    args = train.parse_args(["--width", "4", "--sharpness-samples", "40"])
+    args = train.parse_args(["--device", "cpu", "--width", "4", "--sharpness-samples", "40"])
     settings = train.options.settings(args)
     plain, autocast = (train.Run(name, settings, 1, images, args).sharpness() for name in ("sgd", "sgd-bf16"))
     assert plain == autocast
@@ -157,7 +157,7 @@ def test_a_bf16_methods_sharpness_is_measured_in_float32():
 def test_only_finished_seeds_are_measured_and_the_budget_is_kept():
     images = data.load("digits", None, torch.device("cpu"), torch.contiguous_format)
     arguments = ["--width", "4", "--epochs", "1", "--seeds", "2", "--optimizers", "sgd", "--sharpness-samples", "20"]
-    args = train.parse_args(arguments)
+    args = train.parse_args([*arguments, "--device", "cpu"])
     curves, measured = train.train(images, args, deadline=math.inf)
     assert [len(curves["sgd"]), len(measured["sgd"])] == [2, 2]
     assert len(measured["sgd"][0]["gradient_rise"]) == len(train.distances(args))
@@ -165,3 +165,30 @@ def test_only_finished_seeds_are_measured_and_the_budget_is_kept():
     assert [len(curves["sgd"]), len(measured["sgd"])] == [1, 0]
     args.sharpness_samples = 0
     assert train.train(images, args, math.inf)[1] == {"sgd": []}
+
+
+def test_attention_has_second_derivatives():
+    """Its fused kernels have none. The oracle is a difference of gradients."""
+    model = models.build("vit_s", width=12, image_size=8, patch_size=4)
+    landscape = Landscape(model, [(torch.randn(4, 3, 8, 8, generator=generator()), torch.arange(4))])
+    with landscape.measuring():
+        direction = landscape.gradient()
+        direction /= direction.norm()
+        product = landscape.hessian_vector_product(direction)
+        ends = []
+        for distance in (0.01, -0.02):  # from the weights to one side, and from there to the other
+            with torch.no_grad():
+                torch.nn.utils.vector_to_parameters(
+                    torch.nn.utils.parameters_to_vector(landscape.weights) + distance * direction, landscape.weights
+                )
+            ends.append(landscape.gradient())
+    torch.testing.assert_close(product, (ends[0] - ends[1]) / 0.02, rtol=0.02, atol=0.02 * product.abs().max().item())
+
+
+def test_a_direction_of_length_zero_leads_nowhere():
+    model = torch.nn.Linear(3, 2)
+    landscape = Landscape(model, [(torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))])
+    with landscape.measuring():
+        here = landscape.loss()
+        zero = torch.zeros(sum(weight.numel() for weight in landscape.weights))
+        assert landscape.losses_along(zero, [0.0, 1.0]) == [here, here]
