@@ -176,13 +176,13 @@ def test_attention_has_second_derivatives():
         direction /= direction.norm()
         product = landscape.hessian_vector_product(direction)
         ends = []
-        for distance in (0.01, -0.02):  # from the weights to one side, and from there to the other
+        for distance in (0.001, -0.002):  # from the weights to one side, and from there to the other
             with torch.no_grad():
                 torch.nn.utils.vector_to_parameters(
                     torch.nn.utils.parameters_to_vector(landscape.weights) + distance * direction, landscape.weights
                 )
             ends.append(landscape.gradient())
-    torch.testing.assert_close(product, (ends[0] - ends[1]) / 0.02, rtol=0.02, atol=0.02 * product.abs().max().item())
+    torch.testing.assert_close(product, (ends[0] - ends[1]) / 0.002, rtol=0.05, atol=0.02 * product.abs().max().item())
 
 
 def test_a_direction_of_length_zero_leads_nowhere():
