@@ -17,14 +17,14 @@ def device() -> str:
     return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
 
 
-def process(rank: int, module: str, backend: str, world: int, folder: str) -> None:
+def process(rank: int, module: str, backend: str, world: int, folder: str, scenarios: str) -> None:
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
     store, patience = f"file://{folder}/store", timedelta(seconds=20)  # a rank that waits in vain fails
     dist.init_process_group(backend, init_method=store, rank=rank, world_size=world, timeout=patience)
     results: dict[str, Any] = {}
-    for name, (scenario, options) in importlib.import_module(module).SCENARIOS.items():
+    for name, (scenario, options) in getattr(importlib.import_module(module), scenarios).items():
         try:
             results[name] = scenario(rank, **options)
         except Exception:
@@ -35,14 +35,17 @@ def process(rank: int, module: str, backend: str, world: int, folder: str) -> No
     dist.destroy_process_group()
 
 
-def run(module: str, world: int, folder: Path, backend: str = "gloo") -> Callable[[str], list[Any]]:
-    """Run the SCENARIOS of a module, a function and its options by name; returned is what each rank made of a name.
+def run(
+    module: str, world: int, folder: Path, backend: str = "gloo", scenarios: str = "SCENARIOS"
+) -> Callable[[str], list[Any]]:
+    """Run a module's scenarios, a function and its options by name; returned is what each rank made of a name.
 
     A rank that has killed itself made None of the last one.
     """
     context = torch.multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=process, args=(rank, module, backend, world, str(folder))) for rank in range(world)
+        context.Process(target=process, args=(rank, module, backend, world, str(folder), scenarios))
+        for rank in range(world)
     ]
     for one in processes:
         one.start()
@@ -52,8 +55,9 @@ def run(module: str, world: int, folder: Path, backend: str = "gloo") -> Callabl
             for each in processes:
                 each.kill()
             raise AssertionError(f"a rank has ended with the exit code {one.exitcode} (None: it has not ended)")
-    last = list(importlib.import_module(module).SCENARIOS)[-1]
-    found = [torch.load(folder / f"{rank}.pt", "cpu", weights_only=False) for rank in range(world)]
+    last = list(getattr(importlib.import_module(module), scenarios))[-1]
+    files = [folder / f"{rank}.pt" for rank in range(world)]  # a rank may die in its first scenario
+    found = [torch.load(file, "cpu", weights_only=False) if file.exists() else {} for file in files]
     for rank, one in zip(found, processes):
         if one.exitcode == -signal.SIGKILL:
             rank.setdefault(last, None)

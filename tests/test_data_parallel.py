@@ -222,8 +222,8 @@ def zero(rank: int):
     return found, state
 
 
-def a_killed_rank(rank: int):
-    """It dies while the other waits for its gradients in pass 3."""
+def a_killed_rank(rank: int, when: int):
+    """It dies in a pass, while the other goes on until it waits for its gradients in pass 3."""
     if dist.get_backend() != "gloo":  # NCCL's watchdog ends the process
         return None
     replica = replicate(mlp(dtype=torch.float64))
@@ -233,7 +233,7 @@ def a_killed_rank(rank: int):
     def dying(index):
         nonlocal calls
         calls += 1
-        if calls == 3 and rank == 1:
+        if calls == when and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return closure(index)
 
@@ -252,8 +252,12 @@ SCENARIOS = {
     "overflow": (overflow, {}),
     **{f"buffers, {name}": (buffers, {"sizes": sizes}) for name, sizes in SIZES.items()},
     "zero": (zero, {}),
-    "a killed rank": (a_killed_rank, {}),  # the last one: nothing works after it
+    "killed in pass 3": (a_killed_rank, {"when": 3}),  # the last one: nothing works after it
 }
+
+
+EARLY_1 = {"killed": (a_killed_rank, {"when": 1})}
+EARLY_2 = {"killed": (a_killed_rank, {"when": 2})}
 
 
 @pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
@@ -338,6 +342,11 @@ def test_zero_redundancy_optimizer_as_the_base(results):
 
 
 def test_a_killed_rank_takes_no_weights_with_it(results):
-    survivor, killed = results("a killed rank")
+    survivor, killed = results("killed in pass 3")
     assert killed is None
     assert survivor in (None, (True, False))
+
+
+@pytest.mark.parametrize("when", ["EARLY_1", "EARLY_2"])
+def test_a_rank_killed_in_an_earlier_pass_takes_no_weights_with_it(tmp_path, when):
+    assert ranks.run(__name__, WORLD, tmp_path, scenarios=when)("killed") == [(True, False), None]

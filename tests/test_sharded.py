@@ -370,8 +370,8 @@ def refusals(rank):
     return messages
 
 
-def a_killed_rank(rank):
-    """It dies while the others wait for its gradients in pass 3."""
+def a_killed_rank(rank, when):
+    """It dies in a pass, while the others wait for its weights or gradients."""
     if dist.get_world_size() == 1 or dist.get_backend() != "gloo":  # NCCL's watchdog ends the process
         return [True] if rank == 0 else None
     model = shard(network())
@@ -381,7 +381,7 @@ def a_killed_rank(rank):
     def dying(index):
         nonlocal calls
         calls += 1
-        if calls == 3 and rank == 1:
+        if calls == when and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return closure(index)
 
@@ -415,9 +415,12 @@ SCENARIOS = {
         for granularity in ("tensor", "element")
     },
     "refusals": (refusals, {}),
-    "a killed rank": (a_killed_rank, {}),  # the last one: nothing works after it
+    "killed in pass 3": (a_killed_rank, {"when": 3}),  # the last one: nothing works after it
 }
 
+
+EARLY_1 = {"killed": (a_killed_rank, {"when": 1})}
+EARLY_2 = {"killed": (a_killed_rank, {"when": 2})}
 
 WORLDS = [("gloo", 2), ("gloo", 3), pytest.param(("nccl", 3), marks=pytest.mark.gpu)]
 
@@ -518,7 +521,12 @@ def test_what_cannot_be_done_is_refused(results):
 
 
 def test_a_killed_rank_takes_no_weights_with_it(results):
-    one, *others = results("a killed rank")
+    one, *others = results("killed in pass 3")
     assert all(one)
     assert others[:1] in ([], [None])
     assert all(all(found) for found in others[1:])
+
+
+@pytest.mark.parametrize("when", ["EARLY_1", "EARLY_2"])
+def test_a_rank_killed_in_an_earlier_pass_takes_no_weights_with_it(tmp_path, when):
+    assert ranks.run(__name__, 2, tmp_path, scenarios=when)("killed") == [[True], None]
