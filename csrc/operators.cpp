@@ -11,6 +11,10 @@ STABLE_TORCH_LIBRARY(esam_kernels, m) {
   m.def(
       "perturb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] backups, float[] coefficients, Tensor norm,"
       " bool adaptive, int seed, int step, int threshold, int[] tensor_ids, int[] offsets) -> ()");
+  // The norm is that of these tensors, and is returned.
+  m.def(
+      "norm_and_perturb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] backups, float[] coefficients,"
+      " bool adaptive, int seed, int step, int threshold, int[] tensor_ids, int[] offsets) -> Tensor");
   m.def("restore_(Tensor(a!)[] params, Tensor[] backups) -> ()");
   m.def("select_top(Tensor before, Tensor after, int k) -> Tensor");
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import ops
 from .closure import Closure
-from .engines import local_shard, shard_offset, sum_over_shards
+from .engines import is_sharded, local_shard, shard_offset, sum_over_shards
 from .model_state import ModelState
 from .ops.reference import SAMPLE_STREAM, element_words
 from .rollback import Rollback
@@ -109,15 +109,28 @@ class Perturbation:
                 coefficients = [t.rho / self._settings.beta for t in kind_targets]
                 gradients = [local_shard(g) for _, g in kind]
                 lists.append((params, gradients, coefficients, adaptive, self._mask(kind_targets)))
+        if len(lists) == 1 and not is_sharded(targets[0].param):
+            return self._perturb(*lists[0])  # which is all, so that the operator has the norm
         squares = [ops.squared_norm(params, gs, adaptive, mask) for params, gs, _, adaptive, mask in lists]
         square = torch.stack([square.to(squares[0]) for square in squares] or [torch.zeros(())]).sum()
         norm = sum_over_shards(square, [target.param for target in targets]).sqrt()
-        for params, gs, coefficients, adaptive, mask in lists:
-            backups = [torch.empty_like(param) for param in params]
-            self._backups += backups
-            self._params += params
-            ops.perturb_(params, gs, backups, coefficients, norm, adaptive, mask)
+        for one in lists:
+            self._perturb(*one, norm)
         return norm
+
+    def _perturb(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        coefficients: Sequence[float],
+        adaptive: bool,
+        mask: ops.ElementMask | None,
+        norm: Tensor | None = None,
+    ) -> Tensor:
+        backups = [torch.empty_like(param) for param in params]
+        self._backups += backups
+        self._params += params
+        return ops.perturb_(params, grads, backups, coefficients, norm, adaptive, mask)
 
     def restore(self) -> None:
         """Put every weight back, bit for bit. Doing it again changes nothing."""

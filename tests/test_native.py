@@ -35,8 +35,9 @@ def perturbed(dtype):
     """The norm, and the weights after a perturbation with everything that is optional."""
     params, grads, backups, coefficients, mask = make_lists(dtype)
     norm = native.squared_norm(params, grads, True, mask).sqrt()
+    again = native.perturb_(params, grads, backups, coefficients, None, True, mask)
     native.perturb_(params, grads, backups, coefficients, norm, True, mask)
-    return [norm, *params]
+    return [norm, again, *params]
 
 
 @built
@@ -47,6 +48,7 @@ def test_opcheck(adaptive):
     calls = {
         operators.squared_norm.default: (params, grads, adaptive, *bits),
         operators.perturb_.default: (params, grads, backups, coefficients, torch.tensor(1.0), adaptive, *bits),
+        operators.norm_and_perturb_.default: (params, grads, backups, coefficients, adaptive, *bits),
         operators.restore_.default: (params, backups),
         operators.select_top.default: (torch.rand(9), torch.rand(9), 4),
     }
@@ -62,6 +64,7 @@ def test_compiles_without_graph_break(backend):
     def step(params):
         norm = ops.squared_norm(params, grads, mask=mask).sqrt()
         ops.perturb_(params, grads, backups, coefficients, norm, mask=mask)
+        norm = ops.perturb_(params, grads, backups, coefficients, mask=mask)
         moved = [param.clone() for param in params]
         ops.restore_(params, backups)
         return [norm, ops.select_top(before, after, 4), *moved, *params]
@@ -114,7 +117,8 @@ def test_autograd_sees_the_mutations():
 
 
 @built
-def test_version_tells_whether_a_backup_is_whole():
+@pytest.mark.parametrize("norm", [torch.tensor(1.0), None])
+def test_version_tells_whether_a_backup_is_whole(norm):
     """An exception at any line of Python, torch's own included, leaves a weight or a whole backup of it."""
     perturbed(torch.float32)  # torch runs fewer lines once it has looked an operator up
     for stop in range(1, 10_000):
@@ -133,7 +137,7 @@ def test_version_tells_whether_a_backup_is_whole():
         with suppress(InterruptedError):
             sys.settrace(tracer)
             try:
-                native.perturb_(params, grads, backups, coefficients, torch.tensor(1.0))
+                native.perturb_(params, grads, backups, coefficients, norm)
             finally:
                 sys.settrace(None)
         for param, backup, original in zip(params, backups, before, strict=True):

@@ -191,6 +191,23 @@ def test_perturb_saves_every_bit_moves_within_the_bound_and_restore_undoes_it(de
 
 
 @few
+@given(lists_of_kinds, seeds, st.booleans(), st.sampled_from([None, 1.0, 0.6]))
+def test_perturb_computes_the_norm_that_it_is_not_given(device, kinds, seed, adaptive, beta):
+    (params, grads), (others, _) = make(kinds, seed, device), make(kinds, seed, device)
+    mask = make_mask(kinds, seed, beta)
+    coefficients = [0.05 * (i + 1) for i in range(len(kinds))]
+    norm, results = None, []
+    for weights in (others, params):
+        backups = [torch.empty_like(weight) for weight in weights]
+        norm = ops.perturb_(weights, grads, backups, coefficients, norm, adaptive, mask)
+        results.append([norm, *weights, *backups])
+        norm = ops.squared_norm(params, grads, adaptive, mask).sqrt()
+    for a, b in zip(*results):
+        assert a.dtype == b.dtype
+        assert torch.equal(bits(a), bits(b))
+
+
+@few
 @given(lists_of_kinds, seeds, st.sampled_from([0.0, 0.3, 0.6, 1 - 2.0**-33]))
 def test_the_elements_that_move_are_those_of_the_mask(device, kinds, seed, beta):
     params, _ = make(kinds, seed, device)
@@ -292,9 +309,8 @@ def test_version_counters_move_so_that_autograd_notices(device):
 
 def test_empty_tensors_alone(device):
     empty = [torch.empty(0, device=device), torch.empty(2, 0, device=device, dtype=torch.bfloat16)]
-    norm = ops.squared_norm(empty, empty)
-    assert norm.item() == 0
-    ops.perturb_(empty, empty, empty, [1.0, 1.0], norm)
+    assert ops.squared_norm(empty, empty).item() == 0
+    assert ops.perturb_(empty, empty, empty, [1.0, 1.0]).item() == 0
     ops.restore_(empty, empty)
 
 

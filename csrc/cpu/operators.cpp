@@ -1,5 +1,6 @@
 // The operators on the CPU: how lists are cut into chunks, and which instruction set's kernels run over them.
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -75,25 +76,48 @@ class Chunks {
   std::vector<int64_t> starts_, sizes_;
 };
 
-Tensor squared_norm(const Tensors& params, const Tensors& grads, bool adaptive, int64_t seed, int64_t step,
-                    int64_t threshold, const Ints& tensor_ids, const Ints& offsets) {
-  std::vector<Operand> table = operands(params);
-  add_grads(params, grads, table);
-  const Randomness random = add_randomness(seed, step, threshold, tensor_ids, offsets, table);
+double sum_of_squares(const std::vector<Operand>& table, bool adaptive, const Randomness& random) {
   const Chunks chunks(table);
   std::vector<double> sums(chunks.count());
   chunks.for_each([&](int64_t chunk, size_t i, int64_t begin, int64_t end) {
     sums[chunk] += kernels().squared_norm(table[i], begin, end, adaptive, random);
   });
-  const double sum = std::accumulate(sums.begin(), sums.end(), 0.0);
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
+void perturb(const std::vector<Operand>& table, double norm, bool adaptive, const Randomness& random) {
+  int64_t bytes = 0;
+  for (const Operand& operand : table) bytes += operand.size * element_size(operand.dtype);
+  const bool streaming = bytes > kCacheBytes;
+  Chunks(table).for_each([&](int64_t, size_t i, int64_t begin, int64_t end) {
+    kernels().perturb(table[i], begin, end, norm, adaptive, random, streaming);
+  });
+}
+
+double read(const Tensor& number) {
+  return number.scalar_type() == ScalarType::Double ? *number.const_data_ptr<double>()
+                                                    : *number.const_data_ptr<float>();
+}
+
+// The sum of squares of these weights' gradients, or its square root, in the dtype that norms of them have.
+Tensor write(const Tensors& params, double sum, bool root) {
   const ScalarType dtype = norm_dtype(params);
   Tensor result = torch::stable::new_empty(params[0], {}, dtype);
   if (dtype == ScalarType::Double) {
-    *result.mutable_data_ptr<double>() = sum;
+    *result.mutable_data_ptr<double>() = root ? std::sqrt(sum) : sum;
   } else {
-    *result.mutable_data_ptr<float>() = static_cast<float>(sum);
+    const float narrowed = static_cast<float>(sum);
+    *result.mutable_data_ptr<float>() = root ? std::sqrt(narrowed) : narrowed;
   }
   return result;
+}
+
+Tensor squared_norm(const Tensors& params, const Tensors& grads, bool adaptive, int64_t seed, int64_t step,
+                    int64_t threshold, const Ints& tensor_ids, const Ints& offsets) {
+  std::vector<Operand> table = operands(params);
+  add_grads(params, grads, table);
+  const Randomness random = add_randomness(seed, step, threshold, tensor_ids, offsets, table);
+  return write(params, sum_of_squares(table, adaptive, random), false);
 }
 
 void perturb_(const Tensors& params, const Tensors& grads, const Tensors& backups,
@@ -105,14 +129,20 @@ void perturb_(const Tensors& params, const Tensors& grads, const Tensors& backup
   add_coefficients(coefficients, table);
   const Randomness random = add_randomness(seed, step, threshold, tensor_ids, offsets, table);
   check_norm(params, norm);
-  const double total =
-      norm.scalar_type() == ScalarType::Double ? *norm.const_data_ptr<double>() : *norm.const_data_ptr<float>();
-  int64_t bytes = 0;
-  for (const Operand& operand : table) bytes += operand.size * element_size(operand.dtype);
-  const bool streaming = bytes > kCacheBytes;
-  Chunks(table).for_each([&](int64_t, size_t i, int64_t begin, int64_t end) {
-    kernels().perturb(table[i], begin, end, total, adaptive, random, streaming);
-  });
+  perturb(table, read(norm), adaptive, random);
+}
+
+Tensor norm_and_perturb_(const Tensors& params, const Tensors& grads, const Tensors& backups,
+                         const std::vector<double>& coefficients, bool adaptive, int64_t seed, int64_t step,
+                         int64_t threshold, const Ints& tensor_ids, const Ints& offsets) {
+  std::vector<Operand> table = operands(params);
+  add_grads(params, grads, table);
+  add_backups(params, backups, table);
+  add_coefficients(coefficients, table);
+  const Randomness random = add_randomness(seed, step, threshold, tensor_ids, offsets, table);
+  const Tensor norm = write(params, sum_of_squares(table, adaptive, random), true);
+  perturb(table, read(norm), adaptive, random);
+  return norm;
 }
 
 void restore_(const Tensors& params, const Tensors& backups) {
@@ -155,6 +185,7 @@ Tensor select_top_any(const Tensor& any_before, const Tensor& any_after, int64_t
 STABLE_TORCH_LIBRARY_IMPL(esam_kernels, CPU, m) {
   m.impl("squared_norm", TORCH_BOX(&squared_norm));
   m.impl("perturb_", TORCH_BOX(&perturb_));
+  m.impl("norm_and_perturb_", TORCH_BOX(&norm_and_perturb_));
   m.impl("restore_", TORCH_BOX(&restore_));
   m.impl("select_top", TORCH_BOX(&select_top_any));
 }

@@ -1,5 +1,6 @@
 // The operators on the GPU. A list of tensors is a table of rows in the kernel's argument; a block works on one chunk
 // of one row. Whatever is summed is summed in one order, with no float atomics.
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -15,6 +16,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWideThreads = 1024;      // of kernels that run as one block
+constexpr int kLanes = 1024;            // partial sums are added up in so many lanes, whatever the block's size
 constexpr int64_t kChunk = 8192;        // elements of a block
 constexpr int64_t kMaxRow = 1LL << 30;  // elements; longer tensors take several rows
 constexpr int kArgumentBytes = 32764;   // what a kernel takes since CUDA 12.1
@@ -157,27 +159,17 @@ __device__ void for_each_pack(const Chunk<C>& chunk, F function) {
   }
 }
 
-// The sum over a block of kBlockThreads threads, in one order; only thread 0 has it.
-template <int kBlockThreads, typename T>
-__device__ T block_sum(T x) {
-  __shared__ T warps[kBlockThreads / 32];
+// The sum over a warp, in one order; only lane 0 has it.
+template <typename T>
+__device__ T warp_sum(T x) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) x += __shfl_down_sync(0xFFFFFFFFu, x, distance);
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
-  __syncthreads();
-  T sum = 0;
-  if (threadIdx.x == 0) {
-    for (T warp : warps) sum += warp;
-  }
-  return sum;
+  return x;
 }
 
-template <typename P, typename G>
-__global__ void __launch_bounds__(kThreads)
-    squared_norm_kernel(const __grid_constant__ Table<Compute<P>> table, const __grid_constant__ Randomness random,
-                        bool adaptive, double* partial_sums) {
-  using C = Compute<P>;
-  const Chunk<C> chunk = find_chunk(table);
+// The sum of squares of m * w^a * g over a chunk, in one order; only thread 0 has it.
+template <typename P, typename G, typename C>
+__device__ C squared_norm_of(const Chunk<C>& chunk, bool adaptive, const Randomness& random) {
   C sum = 0;
   for_each_pack<P>(chunk, [&](auto width, int64_t j) {
     constexpr int N = decltype(width)::value;
@@ -187,29 +179,39 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < N; ++i) sum = fma(x[i], x[i], sum);
   });
-  const C total = block_sum<kThreads>(sum);
-  if (threadIdx.x == 0) partial_sums[blockIdx.x] = total;
+  __shared__ C warps[kThreads / 32];
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
+  __syncthreads();
+  C total = 0;
+  if (threadIdx.x == 0) {
+    for (C warp : warps) total += warp;
+  }
+  return total;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kWideThreads) add_up_kernel(const double* partial_sums, int64_t count, T* result) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kWideThreads) sum += partial_sums[i];
-  const double total = block_sum<kWideThreads>(sum);
-  if (threadIdx.x == 0) *result = static_cast<T>(total);
+// The sum of the partial sums, in one order for blocks of all sizes; all threads have it.
+template <int kBlockThreads>
+__device__ double add_up(const double* partial_sums, int64_t count) {
+  __shared__ double warps[kLanes / 32];
+#pragma unroll 1
+  for (int lane = threadIdx.x; lane < kLanes; lane += kBlockThreads) {
+    double sum = 0;
+    for (int64_t i = lane; i < count; i += kLanes) sum += partial_sums[i];
+    sum = warp_sum(sum);
+    if (lane % 32 == 0) warps[lane / 32] = sum;
+  }
+  __syncthreads();
+  double total = 0;
+  for (double warp : warps) total += warp;
+  return total;
 }
 
-template <typename P, typename G>
-__global__ void __launch_bounds__(kThreads)
-    perturb_kernel(const __grid_constant__ Table<Compute<P>> table, const __grid_constant__ Randomness random,
-                   bool adaptive, const void* norm, bool norm_is_double) {
-  using C = Compute<P>;
-  const C total = norm_is_double ? static_cast<C>(*static_cast<const double*>(norm))
-                                 : static_cast<C>(*static_cast<const float*>(norm));
-  const Chunk<C> chunk = find_chunk(table);
+template <typename P, typename G, typename C>
+__device__ void perturb_chunk(const Chunk<C>& chunk, C norm, bool adaptive, const Randomness& random) {
   const Row<C>& row = chunk.row;
-  const C scale = row.coefficient / (total + static_cast<C>(kEps));
-  const bool moves = isfinite(total);
+  const C scale = row.coefficient / (norm + static_cast<C>(kEps));
+  const bool moves = isfinite(norm);
   for_each_pack<P>(chunk, [&](auto width, int64_t j) {
     constexpr int N = decltype(width)::value;
     Pack<P, N> w = load<N, P>(row.param, j);
@@ -234,6 +236,47 @@ __global__ void __launch_bounds__(kThreads)
     }
     store(row.param, j, w);
   });
+}
+
+template <typename P, typename G>
+__global__ void __launch_bounds__(kThreads)
+    squared_norm_kernel(const __grid_constant__ Table<Compute<P>> table, const __grid_constant__ Randomness random,
+                        bool adaptive, double* partial_sums) {
+  const Compute<P> sum = squared_norm_of<P, G>(find_chunk(table), adaptive, random);
+  if (threadIdx.x == 0) partial_sums[blockIdx.x] = sum;
+}
+
+// The sum, or its square root.
+template <typename T>
+__global__ void __launch_bounds__(kWideThreads)
+    add_up_kernel(const double* partial_sums, int64_t count, bool root, T* result) {
+  const T total = static_cast<T>(add_up<kWideThreads>(partial_sums, count));
+  if (threadIdx.x == 0) *result = root ? sqrt(total) : total;
+}
+
+template <typename P, typename G>
+__global__ void __launch_bounds__(kThreads)
+    perturb_kernel(const __grid_constant__ Table<Compute<P>> table, const __grid_constant__ Randomness random,
+                   bool adaptive, const void* norm, bool norm_is_double) {
+  using C = Compute<P>;
+  const C total = norm_is_double ? static_cast<C>(*static_cast<const double*>(norm))
+                                 : static_cast<C>(*static_cast<const float*>(norm));
+  perturb_chunk<P, G>(find_chunk(table), total, adaptive, random);
+}
+
+// Both in one launch, whose blocks run at the same time and wait for each other's partial sums.
+template <typename P, typename G>
+__global__ void __launch_bounds__(kThreads)
+    norm_and_perturb_kernel(const __grid_constant__ Table<Compute<P>> table, const __grid_constant__ Randomness random,
+                            bool adaptive, double* partial_sums, Compute<P>* norm) {
+  using C = Compute<P>;
+  const Chunk<C> chunk = find_chunk(table);
+  const C sum = squared_norm_of<P, G>(chunk, adaptive, random);
+  if (threadIdx.x == 0) partial_sums[blockIdx.x] = sum;
+  cooperative_groups::this_grid().sync();
+  const C total = sqrt(static_cast<C>(add_up<kThreads>(partial_sums, gridDim.x)));
+  if (blockIdx.x == 0 && threadIdx.x == 0) *norm = total;
+  perturb_chunk<P, G>(chunk, total, adaptive, random);
 }
 
 template <typename P>
@@ -312,26 +355,51 @@ __global__ void __launch_bounds__(kWideThreads)
   }
 }
 
-void check_launch() {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA launch: ") + cudaGetErrorString(error));
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+// Asynchronous; blocks that wait for each other are launched cooperatively.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), uint32_t blocks, int threads, void* stream, bool cooperatively,
+                   const Arguments&... arguments) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = cooperatively ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// How many blocks of a kernel the current device runs at the same time, if it can launch cooperatively.
+template <typename... Parameters>
+uint32_t count_resident_blocks(void (*kernel)(Parameters...)) {
+  int device = 0, can_cooperate = 0, processors = 0, blocks = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&can_cooperate, cudaDevAttrCooperativeLaunch, device));
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0));
+  return can_cooperate * processors * blocks;
 }
 
 int64_t count_chunks(int64_t size) {
   return (size + kChunk - 1) / kChunk;
 }
 
-// Calls launch(P{}, G{}, table, blocks) for as many tables as the operands of these types fill.
+// Calls function(P{}, G{}, table, blocks) for as many tables as the operands of these types fill.
 template <typename P, typename G, typename F>
-void launch_type(const std::vector<Operand>& operands, DType dtype, DType grad_dtype, F launch) {
+void for_each_table_of(const std::vector<Operand>& operands, DType dtype, DType grad_dtype, F function) {
   using C = Compute<P>;
   Table<C> table;
   table.count = 0;
   uint32_t blocks = 0;
   const auto flush = [&] {
     if (table.count == 0) return;
-    launch(P{}, G{}, table, blocks);
-    check_launch();
+    function(P{}, G{}, table, blocks);
     table.count = 0;
     blocks = 0;
   };
@@ -356,13 +424,51 @@ void launch_type(const std::vector<Operand>& operands, DType dtype, DType grad_d
 }
 
 template <typename F>
-void launch_all(const std::vector<Operand>& operands, F launch) {
-  launch_type<float, float>(operands, DType::kFloat, DType::kFloat, launch);
-  launch_type<double, double>(operands, DType::kDouble, DType::kDouble, launch);
-  launch_type<BFloat16, BFloat16>(operands, DType::kBFloat16, DType::kBFloat16, launch);
-  launch_type<BFloat16, float>(operands, DType::kBFloat16, DType::kFloat, launch);
-  launch_type<Half, Half>(operands, DType::kHalf, DType::kHalf, launch);
-  launch_type<Half, float>(operands, DType::kHalf, DType::kFloat, launch);
+void for_each_table(const std::vector<Operand>& operands, F function) {
+  for_each_table_of<float, float>(operands, DType::kFloat, DType::kFloat, function);
+  for_each_table_of<double, double>(operands, DType::kDouble, DType::kDouble, function);
+  for_each_table_of<BFloat16, BFloat16>(operands, DType::kBFloat16, DType::kBFloat16, function);
+  for_each_table_of<BFloat16, float>(operands, DType::kBFloat16, DType::kFloat, function);
+  for_each_table_of<Half, Half>(operands, DType::kHalf, DType::kHalf, function);
+  for_each_table_of<Half, float>(operands, DType::kHalf, DType::kFloat, function);
+}
+
+// result <- the sum of squares, or its square root.
+void sum_squares(const std::vector<Operand>& operands, bool adaptive, const Randomness& random, double* partial_sums,
+                 bool root, void* result, bool result_is_double, void* stream) {
+  int64_t count = 0;
+  for_each_table(operands, [&](auto p, auto g, const auto& table, uint32_t blocks) {
+    const auto kernel = squared_norm_kernel<decltype(p), decltype(g)>;
+    check(launch(kernel, blocks, kThreads, stream, false, table, random, adaptive, partial_sums + count));
+    count += blocks;
+  });
+  const double* const sums = partial_sums;
+  if (result_is_double) {
+    check(launch(add_up_kernel<double>, 1, kWideThreads, stream, false, sums, count, root, static_cast<double*>(result)));
+  } else {
+    check(launch(add_up_kernel<float>, 1, kWideThreads, stream, false, sums, count, root, static_cast<float*>(result)));
+  }
+}
+
+// Whether the operands were few and small enough to be perturbed by one launch, and have been.
+bool perturb_in_one_launch(const std::vector<Operand>& operands, bool adaptive, const Randomness& random,
+                           double* partial_sums, void* norm, void* stream) {
+  bool done = false;
+  for_each_table(operands, [&](auto p, auto g, const auto& table, uint32_t blocks) {
+    using P = decltype(p);
+    const auto kernel = norm_and_perturb_kernel<P, decltype(g)>;
+    if (blocks != count_partial_sums(operands) || blocks > count_resident_blocks(kernel)) return;
+    const cudaError_t error = launch(kernel, blocks, kThreads, stream, true, table, random, adaptive, partial_sums,
+                                     static_cast<Compute<P>*>(norm));
+    done = error == cudaSuccess;
+    // Where a process is given a part of the device, less fits than the device says.
+    if (error == cudaErrorCooperativeLaunchTooLarge) {
+      cudaGetLastError();
+    } else {
+      check(error);
+    }
+  });
+  return done;
 }
 
 }  // namespace
@@ -375,39 +481,33 @@ int64_t count_partial_sums(const std::vector<Operand>& operands) {
 
 void squared_norm(const std::vector<Operand>& operands, bool adaptive, const Randomness& random, double* partial_sums,
                   void* result, bool result_is_double, void* stream) {
-  const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  int64_t count = 0;
-  launch_all(operands, [&](auto p, auto g, const auto& table, uint32_t blocks) {
-    squared_norm_kernel<decltype(p), decltype(g)>
-        <<<blocks, kThreads, 0, cuda_stream>>>(table, random, adaptive, partial_sums + count);
-    count += blocks;
-  });
-  if (result_is_double) {
-    add_up_kernel<<<1, kWideThreads, 0, cuda_stream>>>(partial_sums, count, static_cast<double*>(result));
-  } else {
-    add_up_kernel<<<1, kWideThreads, 0, cuda_stream>>>(partial_sums, count, static_cast<float*>(result));
-  }
-  check_launch();
+  sum_squares(operands, adaptive, random, partial_sums, false, result, result_is_double, stream);
 }
 
 void perturb(const std::vector<Operand>& operands, const void* norm, bool norm_is_double, bool adaptive,
              const Randomness& random, void* stream) {
-  launch_all(operands, [&](auto p, auto g, const auto& table, uint32_t blocks) {
-    perturb_kernel<decltype(p), decltype(g)>
-        <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, random, adaptive, norm, norm_is_double);
+  for_each_table(operands, [&](auto p, auto g, const auto& table, uint32_t blocks) {
+    const auto kernel = perturb_kernel<decltype(p), decltype(g)>;
+    check(launch(kernel, blocks, kThreads, stream, false, table, random, adaptive, norm, norm_is_double));
   });
 }
 
+void norm_and_perturb(const std::vector<Operand>& operands, bool adaptive, const Randomness& random,
+                      double* partial_sums, void* norm, bool norm_is_double, void* stream) {
+  if (perturb_in_one_launch(operands, adaptive, random, partial_sums, norm, stream)) return;
+  sum_squares(operands, adaptive, random, partial_sums, true, norm, norm_is_double, stream);
+  perturb(operands, norm, norm_is_double, adaptive, random, stream);
+}
+
 void restore(const std::vector<Operand>& operands, void* stream) {
-  launch_all(operands, [&](auto p, auto, const auto& table, uint32_t blocks) {
-    restore_kernel<decltype(p)><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(table);
+  for_each_table(operands, [&](auto p, auto, const auto& table, uint32_t blocks) {
+    check(launch(restore_kernel<decltype(p)>, blocks, kThreads, stream, false, table));
   });
 }
 
 template <typename T>
 void select_top(const T* before, const T* after, int64_t count, int64_t k, int64_t* indices, void* stream) {
-  select_top_kernel<<<1, kWideThreads, 0, static_cast<cudaStream_t>(stream)>>>(before, after, count, k, indices);
-  check_launch();
+  check(launch(select_top_kernel<T>, 1, kWideThreads, stream, false, before, after, count, k, indices));
 }
 
 template void select_top(const float*, const float*, int64_t, int64_t, int64_t*, void*);

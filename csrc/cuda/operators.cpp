@@ -50,6 +50,22 @@ void perturb_(const Tensors& params, const Tensors& grads, const Tensors& backup
   perturb(table, norm.const_data_ptr(), norm.scalar_type() == ScalarType::Double, adaptive, random, device.stream());
 }
 
+Tensor norm_and_perturb_(const Tensors& params, const Tensors& grads, const Tensors& backups,
+                         const std::vector<double>& coefficients, bool adaptive, int64_t seed, int64_t step,
+                         int64_t threshold, const Ints& tensor_ids, const Ints& offsets) {
+  std::vector<Operand> table = operands(params);
+  add_grads(params, grads, table);
+  add_backups(params, backups, table);
+  add_coefficients(coefficients, table);
+  const Randomness random = add_randomness(seed, step, threshold, tensor_ids, offsets, table);
+  const Device device(params[0]);
+  const Tensor partial_sums = torch::stable::new_empty(params[0], {count_partial_sums(table)}, ScalarType::Double);
+  Tensor norm = torch::stable::new_empty(params[0], {}, norm_dtype(params));
+  norm_and_perturb(table, adaptive, random, partial_sums.mutable_data_ptr<double>(), norm.mutable_data_ptr(),
+                   norm.scalar_type() == ScalarType::Double, device.stream());
+  return norm;
+}
+
 void restore_(const Tensors& params, const Tensors& backups) {
   std::vector<Operand> table = operands(params);
   add_backups(params, backups, table);
@@ -75,6 +91,7 @@ Tensor select_top(const Tensor& any_before, const Tensor& any_after, int64_t k) 
 STABLE_TORCH_LIBRARY_IMPL(esam_kernels, CUDA, m) {
   m.impl("squared_norm", TORCH_BOX(&squared_norm));
   m.impl("perturb_", TORCH_BOX(&perturb_));
+  m.impl("norm_and_perturb_", TORCH_BOX(&norm_and_perturb_));
   m.impl("restore_", TORCH_BOX(&restore_));
   m.impl("select_top", TORCH_BOX(&select_top));
 }

@@ -71,10 +71,10 @@ def perturb_(
     grads: Sequence[Tensor],
     backups: Sequence[Tensor],
     coefficients: Sequence[float],
-    norm: Tensor,
+    norm: Tensor | None = None,
     adaptive: bool = False,
     mask: ElementMask | None = None,
-) -> None:
+) -> Tensor:
     """Save the weights, then move them uphill: w <- w + e with e = coefficient / (norm + 1e-12) * m * w^2a * g.
 
     Source: ESAM (arXiv 2110.03141) algorithm 1; adaptive (a = 1): ASAM (arXiv 2102.11600) section 3.
@@ -92,9 +92,13 @@ def perturb_(
         grads: their gradients g, of the same shapes; dtypes and strides may differ from the weights'.
         backups: where the weights are saved: same shapes, dtypes and devices.
         coefficients: rho / beta for each tensor.
-        norm: ‖m * |w|^a * g‖ over everything that is perturbed, 0-dimensional, on any device.
+        norm: ‖m * |w|^a * g‖ over everything that is perturbed, 0-dimensional, on any device. If it is None, these
+            tensors are everything: it is the square root of their ``squared_norm``, bit for bit.
         adaptive: whether e is weighted with w².
         mask: which elements move (all of them if None), and the bits that stochastic rounding needs.
+
+    Returns:
+        The norm.
 
     Raises:
         ValueError: if a list is empty, or lengths, shapes, dtypes or devices do not fit; nothing has changed then.
@@ -102,11 +106,17 @@ def perturb_(
     _check_lists(params, mask, grads=grads, backups=backups)
     if len(coefficients) != len(params):
         raise ValueError(f"got {len(params)} params but {len(coefficients)} coefficients: give one for each tensor")
-    if norm.dim() != 0:
+    if norm is not None and norm.dim() != 0:
         raise ValueError(f"norm has shape {list(norm.shape)}: give the 0-dimensional norm over all tensors")
-    for backend, ids in _partition(params, backups):
+    parts = _partition(params, backups)
+    if norm is None and len(parts) > 1:
+        norm = squared_norm(params, grads, adaptive, mask).sqrt()
+    norms = []
+    for backend, ids in parts:
         lists = (_pick(tensors, ids) for tensors in (params, grads, backups))
-        backend.perturb_(*lists, [coefficients[i] for i in ids], norm, adaptive, mask and mask.subset(ids))
+        scales = [coefficients[i] for i in ids]
+        norms.append(backend.perturb_(*lists, scales, norm, adaptive, mask and mask.subset(ids)))
+    return norms[0]
 
 
 @torch.no_grad()

@@ -32,14 +32,15 @@ def _load() -> dict[str, str]:
         torch.ops.load_library(_LIBRARY)
     except OSError as error:
         return dict.fromkeys(devices, f"built but not loadable: {error}")
-    torch.library.register_fake("esam_kernels::squared_norm", _squared_norm_fake)
+    torch.library.register_fake("esam_kernels::squared_norm", _norm_fake)
     torch.library.register_fake("esam_kernels::perturb_", lambda *_: None)
+    torch.library.register_fake("esam_kernels::norm_and_perturb_", _norm_fake)
     torch.library.register_fake("esam_kernels::restore_", lambda *_: None)
     torch.library.register_fake("esam_kernels::select_top", lambda before, _, k: before.new_empty(k, dtype=torch.int64))
     return missing
 
 
-def _squared_norm_fake(params: Sequence[Tensor], *_: object) -> Tensor:
+def _norm_fake(params: Sequence[Tensor], *_: object) -> Tensor:
     wide = any(param.dtype == torch.float64 for param in params)
     return params[0].new_empty((), dtype=torch.float64 if wide else torch.float32)
 
@@ -75,16 +76,20 @@ def perturb_(
     grads: Sequence[Tensor],
     backups: Sequence[Tensor],
     coefficients: Sequence[float],
-    norm: Tensor,
+    norm: Tensor | None = None,
     adaptive: bool = False,
     mask: ElementMask | None = None,
-) -> None:
+) -> Tensor:
     """backup <- w, then w <- w + e with e = coefficient / (norm + eps) * m * w^2a * g; e = 0 if norm is not finite."""
-    norm = norm.to(params[0].device, norm.dtype if norm.dtype == torch.float64 else torch.float32)
-    arguments = (params, as_params_lie(params, grads, _reads), backups, coefficients, norm, adaptive, *_bits(mask))
+    lists, bits = (params, as_params_lie(params, grads, _reads), backups, coefficients), _bits(mask)
     changed = [*params, *backups]
     # One line, and no Python between the two calls: a backup's version tells whether the operator has run.
-    _ops.perturb_(*arguments); _increment_version(changed)  # fmt: skip # noqa: E702
+    if norm is None:
+        norm = _ops.norm_and_perturb_(*lists, adaptive, *bits); _increment_version(changed)  # fmt: skip # noqa: E702
+    else:
+        total = norm.to(params[0].device, norm.dtype if norm.dtype == torch.float64 else torch.float32)
+        _ops.perturb_(*lists, total, adaptive, *bits); _increment_version(changed)  # fmt: skip # noqa: E702
+    return norm
 
 
 def restore_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:

@@ -191,11 +191,12 @@ def perturb_(
     grads: Sequence[Tensor],
     backups: Sequence[Tensor],
     coefficients: Sequence[float],
-    norm: Tensor,
+    norm: Tensor | None = None,
     adaptive: bool = False,
     mask: ElementMask | None = None,
-) -> None:
+) -> Tensor:
     """backup <- w, then w <- w + e with e = coefficient / (norm + eps) * m * w^2a * g; e = 0 if norm is not finite."""
+    norm = squared_norm(params, grads, adaptive, mask).sqrt() if norm is None else norm
     for i, (param, grad, backup, coefficient) in enumerate(zip(params, grads, backups, coefficients)):
         backup.copy_(param)
         dtype = compute_dtype(param)
@@ -212,6 +213,7 @@ def perturb_(
             param.copy_(e.add_(param))
         else:
             param.copy_(round_stochastically(e.add_(param), param.dtype, mask.words(i, param, ROUNDING_STREAM)))
+    return norm
 
 
 def round_stochastically(x: Tensor, dtype: torch.dtype, words: Tensor) -> Tensor:

@@ -339,13 +339,14 @@ def perturb_(
     grads: Sequence[Tensor],
     backups: Sequence[Tensor],
     coefficients: Sequence[float],
-    norm: Tensor,
+    norm: Tensor | None = None,
     adaptive: bool = False,
     mask: ElementMask | None = None,
-) -> None:
+) -> Tensor:
     """backup <- w, then w <- w + e with e = coefficient / (norm + eps) * m * w^2a * g; e = 0 if norm is not finite."""
     grads = as_params_lie(params, grads, _reads)
-    norm = norm.to(params[0].device, non_blocking=True)
+    norm = squared_norm(params, grads, adaptive, mask).sqrt() if norm is None else norm
+    total = norm.to(params[0].device, non_blocking=True)
     launches = []
     for (param, grad), ids in _groups((param.dtype, grad.dtype) for param, grad in zip(params, grads)):
         table, blocks = _table(ids, params, grads, backups, coefficients, mask)
@@ -353,7 +354,7 @@ def perturb_(
             _perturb_kernel[(blocks,)],
             table,
             len(ids),
-            norm,
+            total,
             PARAM=_DTYPES[param],
             GRAD=_DTYPES[grad],
             ADAPTIVE=adaptive,
@@ -364,10 +365,11 @@ def perturb_(
             enable_fp_fusion=False,
         )
         launches.append((launch, [tensors[i] for tensors in (params, backups) for i in ids]))
-    with torch.cuda.device_of(norm):
+    with torch.cuda.device_of(total):
         for launch, changed in launches:
             # One line: an exception between two would leave changed weights whose backups seem not to be written.
             increment_version((launch(), changed)[1])
+    return norm
 
 
 def restore_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
