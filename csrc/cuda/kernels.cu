@@ -452,14 +452,16 @@ void sum_squares(const std::vector<Operand>& operands, bool adaptive, const Rand
 
 // Whether the operands were few and small enough to be perturbed by one launch, and have been.
 bool perturb_in_one_launch(const std::vector<Operand>& operands, bool adaptive, const Randomness& random,
-                           double* partial_sums, void* norm, void* stream) {
+                           double* partial_sums, void* norm, bool norm_is_double, void* stream) {
   bool done = false;
   for_each_table(operands, [&](auto p, auto g, const auto& table, uint32_t blocks) {
-    using P = decltype(p);
-    const auto kernel = norm_and_perturb_kernel<P, decltype(g)>;
-    if (blocks != count_partial_sums(operands) || blocks > count_resident_blocks(kernel)) return;
+    using C = Compute<decltype(p)>;
+    const auto kernel = norm_and_perturb_kernel<decltype(p), decltype(g)>;
+    // Empty tensors may make the norm wider than all that is moved.
+    if (norm_is_double != std::is_same_v<C, double> || blocks != count_partial_sums(operands)) return;
+    if (blocks > count_resident_blocks(kernel)) return;
     const cudaError_t error = launch(kernel, blocks, kThreads, stream, true, table, random, adaptive, partial_sums,
-                                     static_cast<Compute<P>*>(norm));
+                                     static_cast<C*>(norm));
     done = error == cudaSuccess;
     // Where a process is given a part of the device, less fits than the device says.
     if (error == cudaErrorCooperativeLaunchTooLarge) {
@@ -494,7 +496,7 @@ void perturb(const std::vector<Operand>& operands, const void* norm, bool norm_i
 
 void norm_and_perturb(const std::vector<Operand>& operands, bool adaptive, const Randomness& random,
                       double* partial_sums, void* norm, bool norm_is_double, void* stream) {
-  if (perturb_in_one_launch(operands, adaptive, random, partial_sums, norm, stream)) return;
+  if (perturb_in_one_launch(operands, adaptive, random, partial_sums, norm, norm_is_double, stream)) return;
   sum_squares(operands, adaptive, random, partial_sums, true, norm, norm_is_double, stream);
   perturb(operands, norm, norm_is_double, adaptive, random, stream);
 }
