@@ -1,6 +1,6 @@
 // Enough of CUDA to run csrc/cuda/kernels.cu on a CPU, compiled as C++. A block is an operating system's thread, which
-// gives it its own shared memory; its CUDA threads are coroutines, which take turns at barriers and shuffles only, in
-// one order or its reverse: what depends on the order for want of a barrier gives different results.
+// gives it its own shared memory; its CUDA threads are coroutines, which take turns at barriers and shuffles only. Each
+// warp runs as far as it gets, from the first to the last or the other way round: a barrier that is missing shows.
 #pragma once
 
 #include <algorithm>

@@ -65,6 +65,17 @@ bool release(uint32_t first, uint32_t last, Waiting for_what) {
   return true;
 }
 
+// Runs a warp as far as it gets without the others.
+void run_warp(uint32_t first, bool backwards) {
+  do {
+    for (uint32_t i = 0; i < 32; ++i) {
+      threadIdx.x = first + (backwards ? 31 - i : i);
+      Coroutine& one = running.threads[threadIdx.x];
+      if (one.waiting == Waiting::kNothing) swapcontext(&running.scheduler, &one.context);
+    }
+  } while (release(first, first + 32, Waiting::kWarp));
+}
+
 void run_block(uint32_t index, uint32_t count, const std::function<void()>& kernel, Launch* launch) {
   static const char* const order = std::getenv("CUDA_EMULATOR_ORDER");
   static const bool backwards = order != nullptr && std::strcmp(order, "backwards") == 0;
@@ -82,21 +93,13 @@ void run_block(uint32_t index, uint32_t count, const std::function<void()>& kern
     one.waiting = Waiting::kNothing;
   }
   for (uint64_t barriers = 0;;) {
-    for (uint32_t i = 0; i < count; ++i) {
-      threadIdx.x = backwards ? count - 1 - i : i;
-      Coroutine& one = running.threads[threadIdx.x];
-      if (one.waiting == Waiting::kNothing) swapcontext(&running.scheduler, &one.context);
-    }
+    for (uint32_t i = 0; i < count; i += 32) run_warp(backwards ? count - 32 - i : i, backwards);
     if (release(0, count, Waiting::kForever)) return;
-    bool released = release(0, count, Waiting::kBlock);
-    for (uint32_t warp = 0; warp < count; warp += 32) released |= release(warp, warp + 32, Waiting::kWarp);
-    if (launch != nullptr && release(0, count, Waiting::kGrid)) {
-      released = true;
-      ++barriers;
-      ++launch->arrivals;
-      while (launch->arrivals < barriers * launch->blocks) std::this_thread::yield();
-    }
-    if (!released) fail("threads wait for others that do not come");
+    if (release(0, count, Waiting::kBlock)) continue;
+    if (launch == nullptr || !release(0, count, Waiting::kGrid)) fail("threads wait for others that do not come");
+    ++barriers;
+    ++launch->arrivals;
+    while (launch->arrivals < barriers * launch->blocks) std::this_thread::yield();
   }
 }
 
