@@ -93,7 +93,7 @@ def perturb_(
         backups: where the weights are saved: same shapes, dtypes and devices.
         coefficients: rho / beta for each tensor.
         norm: ‖m * |w|^a * g‖ over everything that is perturbed, 0-dimensional, on any device. If it is None, these
-            tensors are everything: it is the square root of their ``squared_norm``, bit for bit.
+            tensors are everything, and it is the square root of their ``squared_norm``.
         adaptive: whether e is weighted with w².
         mask: which elements move (all of them if None), and the bits that stochastic rounding needs.
 

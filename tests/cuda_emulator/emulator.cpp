@@ -12,7 +12,7 @@
 namespace emulator {
 namespace {
 
-constexpr size_t kStackBytes = 1 << 16;
+constexpr size_t kStackBytes = 1 << 18;  // a kernel's arguments alone take 32 KiB
 
 // What a thread waits for; kNothing while it can go on.
 enum class Waiting { kNothing, kWarp, kBlock, kGrid, kForever };
