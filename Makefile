@@ -37,14 +37,16 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The native CPU operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The native operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer: the CPU's, and CUDA's in the emulator.
+sanitize: export CXXFLAGS := -g -O1 -fno-omit-frame-pointer $(SANITIZERS)
+sanitize: export LDFLAGS := $(SANITIZERS)
 sanitize: $(READY)
-	ESAM_KERNELS_NATIVE=require CXXFLAGS="-g -O1 -fno-omit-frame-pointer $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
+	ESAM_KERNELS_NATIVE=require \
 	$(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	PYTHONSAFEPATH=1 PYTHONPATH=build/sanitize/lib \
-	$(BIN)/python -m pytest -q --capture=sys tests/test_operators.py tests/test_native.py \
-		-k "native-cpu or threads or version or differ or larger or refuse"
+	$(BIN)/python -m pytest -q --capture=sys tests/test_operators.py tests/test_native.py tests/test_cuda_kernels_emulated.py \
+		-k "native-cpu or threads or version or differ or larger or refuse or emulated"
 
 # Everything that needs a GPU, in under 9 minutes, with the Python that is there: it needs no network and no environment.
 test-gpu: export PYTHONPATH := .
