@@ -21,8 +21,7 @@ def backend(request):
 def a_step(params, grads, backups, before, after, step=1, beta=0.6):
     """Every operator once, as an ESAM step calls them; the selected samples."""
     mask = ElementMask(seed=7, step=step, tensor_ids=list(range(len(params))), beta=beta)
-    norm = ops.squared_norm(params, grads, mask=mask).sqrt()
-    ops.perturb_(params, grads, backups, [0.05] * len(params), norm, mask=mask)
+    ops.perturb_(params, grads, backups, [0.05] * len(params), mask=mask)
     selected = ops.select_top(before, after, len(before) // 2)
     ops.restore_(params, backups)
     return selected
@@ -48,7 +47,7 @@ def test_a_step_makes_no_sync(dtype):
 
 
 @pytest.mark.parametrize("count", [3, 300])
-def test_launches_do_not_depend_on_the_number_of_tensors(count):
+def test_launches_do_not_depend_on_the_number_of_tensors(backend, count):
     model = a_model(sizes=[(1000 + i,) for i in range(count)])
     params, grads, backups, before, after = model
     mask = ElementMask(seed=7, step=1, tensor_ids=list(range(count)), beta=0.6)
@@ -57,16 +56,16 @@ def test_launches_do_not_depend_on_the_number_of_tensors(count):
     def launches(call):
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            result = call()
+            call()
             torch.cuda.synchronize()
         kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        return sum(not e.name.startswith(("Memcpy", "Memset")) for e in kernels), result
+        return sum(not e.name.startswith(("Memcpy", "Memset")) for e in kernels)
 
-    to_norm, norm = launches(lambda: ops.squared_norm(params, grads, mask=mask).sqrt())
-    to_weights, _ = launches(lambda: ops.perturb_(params, grads, backups, [0.05] * count, norm, mask=mask))
-    assert to_norm + to_weights <= 3
-    assert launches(lambda: ops.restore_(params, backups))[0] == 1
-    assert launches(lambda: ops.select_top(before, after, 64))[0] == 1
+    # The native kernels for the norm and for the weights are one, where all of its blocks run at the same time.
+    most = 1 if backend == "native" else 3
+    assert launches(lambda: ops.perturb_(params, grads, backups, [0.05] * count, mask=mask)) <= most
+    assert launches(lambda: ops.restore_(params, backups)) == 1
+    assert launches(lambda: ops.select_top(before, after, 64)) == 1
 
 
 def test_operators_can_be_captured_in_a_cuda_graph():
@@ -76,8 +75,7 @@ def test_operators_can_be_captured_in_a_cuda_graph():
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        norm = ops.squared_norm(params, grads, mask=mask).sqrt()
-        ops.perturb_(params, grads, backups, [0.05] * len(params), norm, mask=mask)
+        norm = ops.perturb_(params, grads, backups, [0.05] * len(params), mask=mask)
         selected = ops.select_top(before, after, 64)
     weights = [torch.randn_like(p) for p in params]
     for _ in range(3):
@@ -89,8 +87,7 @@ def test_operators_can_be_captured_in_a_cuda_graph():
         a_step([w.clone() for w in weights], grads, backups, before, after, step=9)
         graph.replay()
         expected, saved = [w.clone() for w in weights], [torch.empty_like(w) for w in weights]
-        expected_norm = ops.squared_norm(expected, grads, mask=mask).sqrt()
-        ops.perturb_(expected, grads, saved, [0.05] * len(params), expected_norm, mask=mask)
+        expected_norm = ops.perturb_(expected, grads, saved, [0.05] * len(params), mask=mask)
         assert torch.equal(norm, expected_norm)
         assert all(map(torch.equal, params, expected))
         assert all(map(torch.equal, backups, weights))
