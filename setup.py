@@ -112,7 +112,7 @@ class BuildNative(build_ext):
             raise RuntimeError("ninja was not found") from error
         print(done.stdout)
         if done.returncode != 0:
-            first = re.search(r".*(?:error:|not found).*", done.stdout)
+            first = re.search(r".*(?:error:|not found|cannot find).*", done.stdout)
             raise RuntimeError(f"the build failed: {first.group().strip() if first else done.stdout[-200:]}")
 
 
