@@ -1,6 +1,7 @@
-"""What all tests share: one thread, and Triton's interpreter and no tests marked gpu where there is no GPU."""
+"""What all tests share: one thread, Ctrl-C, and Triton's interpreter and no tests marked gpu where there is no GPU."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -11,6 +12,10 @@ if not torch.cuda.is_available():
 
 # Most tensors here are tiny: threads that wait for each other would take longer than the work.
 torch.set_num_threads(1)
+
+
+# A shell's background jobs inherit that Ctrl-C is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
