@@ -1,7 +1,8 @@
 """The command line that the benchmarks share: data, network, device and hyperparameters."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,15 @@ def parse(
         recipe = RECIPES.get(known[choice], {}) | recipes.get(known[choice], {})
         parser.set_defaults(**{name: value for name, value in recipe.items() if name in known})
     return parser.parse_args(argv)
+
+
+@contextmanager
+def refusals(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Let a ValueError inside the block, which says what in the command line cannot be, end it as one of argparse's."""
+    try:
+        yield
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def images(args: argparse.Namespace) -> data.ImageData:
