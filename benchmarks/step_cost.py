@@ -58,6 +58,7 @@ from .methods import (
 WARM_UP = 2  # rounds that are not counted
 # Steps in a round, of which the median counts; of all others one. ESAM's are as many as those of its parts and floor.
 VISITS = {"sgd": 3, "sgd-again": 3, "esam": 3}
+LR = 0.01  # of all cases: no step's cost depends on it, and with it none diverges
 AGREEMENTS = 10  # rounds in which bf16 steering is compared with float32's
 ALWAYS = ("sgd", "sgd-again", "esam")
 BACKENDS = ("triton", "native", "reference")
@@ -214,9 +215,13 @@ def prepare(cases: Sequence[argparse.Namespace]) -> list[data.ImageData | data.T
     """The data of each case, when all of them have been found to make sense, before the first is measured.
 
     Raises:
-        ValueError: if a network cannot have the shape, an optimizer the options, or the data are not to be had.
+        ValueError: if there is no such device, a method makes sense in no case, a network cannot have the shape or an
+            optimizer the options, or the data are not to be had.
     """
     options.prepare(cases[0])
+    for name in cases[0].methods or ():
+        if all(name in left_out(args) for args in cases):
+            raise ValueError(f"--methods {name}: {left_out(cases[0])[name]}")
     for args in cases:
         with torch.device("meta"):
             trainer("esam", build(args, 0), options.settings(args), torch.device(args.device))
@@ -468,15 +473,12 @@ def parse_args(argv: Sequence[str] | None) -> tuple[float, list[argparse.Namespa
         shape = dict(CASES[scale].get(model, {}))
         default_sizes = shape.pop("batch_sizes", [64])
         for batch_size in asked.batch_sizes or default_sizes:
-            case = {"model": model, "batch_size": batch_size}
+            case = {"model": model, "batch_size": batch_size, "lr": LR}
             parser = make_parser()
             parser.set_defaults(**case)
             args = options.parse(parser, argv, dict.fromkeys(data.DATASETS, case | shape))
             del args.models, args.batch_sizes
             cases.append(args)
-    for name in asked.methods or ():
-        if all(name in left_out(args) for args in cases):
-            parser.error(f"--methods {name}: {left_out(cases[0])[name]}")
     cases.sort(key=lambda args: args.batch_size)  # the cheapest first, so that a short budget yields something
     return TIME_BUDGET[scale] if asked.time_budget is None else asked.time_budget, cases
 
