@@ -25,7 +25,7 @@ class ModelState:
         self._replicas = [module for module in self._modules if isinstance(module, DistributedDataParallel)]
         self.shards = ShardedModules(self._modules, params)
         self._params = params
-        self._devices = sorted({param.device for param in params if param.device.type != "cpu"}, key=str)
+        self._devices = sorted({param.device for param in params} - {torch.device("cpu")}, key=str)
 
     def keep(self, rollback: Rollback) -> Callable[[], None]:
         """Register buffers, random state and sharding to be put back if the step fails.
