@@ -5,7 +5,7 @@ READY := .venv/ready
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 
-GPU_BENCHMARKS := bench-gpu-train bench-gpu-step-cost bench-gpu-frontier bench-gpu-kernels bench-gpu-memory
+GPU_BENCHMARKS := $(addprefix bench-gpu-,train step-cost step-cost-bf16 frontier kernels memory rounding)
 
 .PHONY: bench results test check format sanitize test-gpu bench-gpu $(GPU_BENCHMARKS) sanitize-gpu clean
 
@@ -59,13 +59,17 @@ test-gpu:
 	exit $$status
 
 # The benchmarks in full on a GPU, with the Python that is there, where test-gpu has built the library; each part ends
-# within 9 minutes, by itself or by force. SAM's row needs the package pytorch_optimizer.
+# within 9 minutes, by itself or by force. SAM's row is there where the package pytorch_optimizer is.
 # CIFAR10: cifar-10-python.tar.gz, its folder, or a pack of JPEG files.
 ON_GPU = PYTHONPATH=. timeout 540 $(PYTHON) -m benchmarks
 ON_CIFAR10 = --device cuda --data cifar10 --data-file "$(CIFAR10)" --channels-last
 
-bench-gpu: $(GPU_BENCHMARKS)
-	PYTHONPATH=. $(PYTHON) -m benchmarks report
+# A part that fails keeps neither the others nor the report from being made.
+bench-gpu:
+	status=0; \
+	for part in $(GPU_BENCHMARKS); do $(MAKE) --no-print-directory $$part || status=1; done; \
+	PYTHONPATH=. $(PYTHON) -m benchmarks report || status=1; \
+	exit $$status
 
 bench-gpu-train bench-gpu-frontier: need-cifar10
 .PHONY: need-cifar10
@@ -78,6 +82,9 @@ bench-gpu-train:
 bench-gpu-step-cost:
 	$(ON_GPU) step_cost --device cuda --channels-last
 
+bench-gpu-step-cost-bf16:
+	$(ON_GPU) step_cost --device cuda --channels-last --amp bf16
+
 bench-gpu-frontier:
 	$(ON_GPU) frontier $(ON_CIFAR10) --time-budget 500
 
@@ -86,6 +93,9 @@ bench-gpu-kernels:
 
 bench-gpu-memory:
 	$(ON_GPU) memory --device cuda
+
+bench-gpu-rounding:
+	$(ON_GPU) rounding --device cuda
 
 # The native CUDA operators' tests under compute-sanitizer.
 sanitize-gpu: export PYTHONPATH := .

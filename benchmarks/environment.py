@@ -29,10 +29,24 @@ def environment() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
+        **tf32(),
         "os": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{package: _version(package) for package in ("torch", "triton", "pytorch_optimizer")},
     }
+
+
+def tf32() -> dict[str, bool]:
+    """Whether a GPU may multiply float32 matrices, and convolve, in TF32, which is several times as fast."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    return {"tf32_matmul": _allows_tf32(matmul, matmul), "tf32_convolution": _allows_tf32(cudnn, cudnn.conv)}  # type: ignore[attr-defined]
+
+
+def _allows_tf32(flags: Any, precision: Any) -> bool:
+    try:
+        return bool(flags.allow_tf32)
+    except RuntimeError:  # which torch raises where somebody has set fp32_precision instead
+        return bool(precision.fp32_precision == "tf32")
 
 
 def cpu_has_bf16_matrix_units() -> bool:

@@ -5,14 +5,15 @@
 
 The rivals of an operator run in turns with it, in an order drawn anew for each round, so that all see the same machine;
 times are medians. On a CPU, what fits into its caches is timed with warm caches: the mean of 20 calls in a row. On a
-GPU a time is the device's own, with the host ahead of it, and ``host_us`` is what the call costs the host.
+GPU a time is the device's own: it is kept busy until the host has launched all of a call, however many launches that
+takes. ``host_us`` is what a call costs the host while the device is idle.
 """
 
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -217,16 +218,34 @@ def seconds(call: Callable[[], Any], device: str, cached: bool = False) -> tuple
         for _ in calls:
             call()
         return ((time.perf_counter() - start) / len(calls),) * 2
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
-    torch.cuda._sleep(10_000_000)  # some milliseconds, for the host to get ahead of the device
-    begin.record()
     start = time.perf_counter()
     call()
     host = time.perf_counter() - start
+    keep_busy(2 * host + 1e-3)  # a host that is disturbed takes longer
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3, host
+
+
+def keep_busy(seconds: float) -> None:
+    """Let the GPU do nothing for so long, so that the host can launch what follows meanwhile."""
+    torch.cuda._sleep(round(seconds * cycles_per_second()))
+
+
+@cache
+def cycles_per_second() -> float:
+    """How many cycles of ``torch.cuda._sleep`` pass in a second."""
+    begin, end, cycles = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True), 10_000_000
+    torch.cuda._sleep(cycles)  # wakes the device
+    begin.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    end.synchronize()
+    return 1e3 * cycles / begin.elapsed_time(end)
 
 
 def launches(call: Callable[[], Any]) -> int:
@@ -284,6 +303,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error("--repeats must be at least 1")
+    with options.refusals(parser):
+        options.require_device(args)
     result = record.header("kernels", "random tensors", args)
     result |= {"backend": ops.explain(torch.zeros(1, device=args.device)), "operators": []}
     progress = tqdm(list(cases(args.device, args.models)))

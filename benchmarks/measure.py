@@ -52,6 +52,14 @@ class Stopwatch:
         self._events: list[torch.cuda.Event] = []
         self._times: list[float] = []
 
+    def lead(self, work: Callable[[], object]) -> None:
+        """Give a GPU the work that is about to be timed once without timing it; on a CPU do nothing.
+
+        The host is then as far ahead of the GPU as it is in a loop of such work, where an idle GPU would wait for it.
+        """
+        if self.device.type == "cuda":
+            work()
+
     def mark(self) -> None:
         """End a lap and begin the next."""
         if self.device.type == "cuda":

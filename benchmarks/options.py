@@ -1,7 +1,8 @@
 """The command line that the benchmarks share: data, network, device and hyperparameters."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def make_parser(description: str, many: bool = False) -> argparse.ArgumentParser
         add("--batch-size", type=int, help="default: 128")
     add("--width", type=int, help="channels of the first stage or of a token; for wrn28_10 the factor of width")
     add("--channels-last", action="store_true", help="keep images and weights in channels-last order")
-    add("--lr", type=float, help="peak learning rate; default: 0.1 for digits, 0.05 for cifar10")
+    default = "0.01" if many else "0.1 for digits, 0.05 for cifar10"
+    add("--lr", type=float, help=f"peak learning rate; default: {default}")
     add("--momentum", type=float, default=0.9, help="default: %(default)s")
     add("--weight-decay", type=float, help="default: 5e-4 for digits, 1e-3 for cifar10")
     add("--rho", type=float, default=0.05, help="radius of SAM and ESAM; default: 0.05, for wrn28_10 0.1")
@@ -85,6 +87,15 @@ def parse(
     return parser.parse_args(argv)
 
 
+@contextmanager
+def refusals(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Let a ValueError inside the block, which says what in the command line cannot be, end it as one of argparse's."""
+    try:
+        yield
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def images(args: argparse.Namespace) -> data.ImageData:
     """The chosen data on the chosen device, after its preparation."""
     prepare(args)
@@ -92,17 +103,29 @@ def images(args: argparse.Namespace) -> data.ImageData:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Make the chosen device ready to be timed, after saying what may surprise there."""
+    """Make the chosen device ready to be timed, after saying what may surprise there.
+
+    Raises:
+        ValueError: if the device is not there.
+    """
+    require_device(args)
     if args.device == "cpu" and not cpu_has_bf16_matrix_units():
         print("This CPU has no bf16 matrix units: what runs in bf16 saves no time here.")
     torch.backends.cudnn.benchmark = True
 
 
+def require_device(args: argparse.Namespace) -> None:
+    """Raise a ValueError if the chosen device is not there."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here; --device cpu needs none")
+
+
 def check_training(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse values of the training options that make no sense."""
-    for name in ("epochs", "seeds"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: at least 1 is needed")
+    for name in ("epochs", "seeds", "batch_size", "width"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
     if args.sharpness_samples < 0:
         parser.error(f"--sharpness-samples {args.sharpness_samples}: a number of images is needed, or 0")
 

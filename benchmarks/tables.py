@@ -5,7 +5,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from .models import LANGUAGE_MODELS
+from esam_kernels.sharpness import count
+
+from .methods import METHODS, VARIANTS
+from .models import LANGUAGE_MODELS, MODELS
 
 
 class Table(NamedTuple):
@@ -148,9 +151,14 @@ def step_cost(result: dict[str, Any]) -> str:
     if steering:
         findings += (
             f" Steered in bf16, the ascent gradient has a cosine of {steering['cosine']:.4f} with float32's, and "
-            f"{100 * steering['overlap']:.1f} % of the selected samples are the same."
+            f"{100 * steering['overlap']:.1f} % of the selected samples are the same, where "
+            f"{100 * count(settings['gamma'], settings['batch_size']) / settings['batch_size']:.1f} % would be so by "
+            "chance."
         )
+    published = (MODELS | LANGUAGE_MODELS)[settings["model"]][1]
     width = f" of width {settings['width']}" if settings["width"] else ""
+    if settings["width"] and settings["width"] < published:
+        width += f" (a scaled-down stand-in: the published one's is {published})"
     amp = f", {settings['amp']} autocast" if settings["amp"] else ""
     size = f"{settings['image_size']}x{settings['image_size']} images ({result['data']})"
     if settings["model"] in LANGUAGE_MODELS:
@@ -159,9 +167,13 @@ def step_cost(result: dict[str, Any]) -> str:
         f"{settings['model']}{width}, batch {settings['batch_size']}{amp}, {size}, medians and quartiles of "
         f"{result['rounds']} interleaved rounds; operators: {result['backend']}. {machine(result)}"
     )
+    missing = "; ".join(
+        f"{(METHODS | VARIANTS)[name].label}: {why}" for name, why in result.get("left_out", {}).items()
+    )
     return "\n\n".join(
         [
             table(["step", "ms", "over SGD"], methods),
+            *([f"Left out: {missing}."] if missing else []),
             table(["part of ESAM's step", "ms", "over SGD"], parts),
             findings,
             caption,
@@ -254,6 +266,9 @@ def machine(result: dict[str, Any]) -> str:
     units = ", with bf16 matrix units" if env["cpu_bf16_matrix_units"] else ", without bf16 matrix units"
     cpu = f"{env['cpu']}, {env['cpu_cores']} cores{units}"
     device = env["gpu"] if result["settings"]["device"] == "cuda" else cpu
+    if result["settings"]["device"] == "cuda":
+        matmul, convolution = ("with" if env[f"tf32_{what}"] else "without" for what in ("matmul", "convolution"))
+        device += f", matrix products {matmul} TF32, convolutions {convolution}"
     dirty = " with uncommitted changes" if env["uncommitted_changes"] else ""
     return f"{device}; torch {env['torch']}; commit {env['commit']}{dirty}; {env['date']}."
 

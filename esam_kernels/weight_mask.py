@@ -5,8 +5,11 @@ inside the operators, by `ops.ElementMask`.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from .ops.reference import keep_threshold, tensor_words
+
+BLOCK = 16  # steps that are drawn at once: some hundred small tensor operations take as long for one
 
 
 def draw_tensors(tensor_ids: Sequence[int], beta: float, seed: int, step: int) -> list[int]:
@@ -21,6 +24,15 @@ def draw_tensors(tensor_ids: Sequence[int], beta: float, seed: int, step: int) -
     Returns:
         The positions in ``tensor_ids`` of the drawn tensors, ascending.
     """
-    words = tensor_words(seed, step, tensor_ids).tolist()
+    return list(_draw_block(tuple(tensor_ids), beta, seed, step // BLOCK)[step % BLOCK])
+
+
+@lru_cache(maxsize=16)
+def _draw_block(tensor_ids: tuple[int, ...], beta: float, seed: int, block: int) -> list[list[int]]:
+    """What each of the steps from ``BLOCK * block`` on draws."""
     threshold = keep_threshold(beta)
-    return [i for i, word in enumerate(words) if word < threshold] or [min(range(len(words)), key=words.__getitem__)]
+    rows = tensor_words(seed, range(BLOCK * block, BLOCK * (block + 1)), tensor_ids).tolist()
+    return [
+        [i for i, word in enumerate(words) if word < threshold] or [min(range(len(words)), key=words.__getitem__)]
+        for words in rows
+    ]

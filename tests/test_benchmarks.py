@@ -3,6 +3,8 @@
 import io
 import json
 import pickle
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 
@@ -11,9 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import authors, data, models, step_cost, train
+from benchmarks import authors, data, kernels, models, step_cost, train
 from benchmarks.measure import Stopwatch, peak_memory, ratio, spread
-from benchmarks.methods import METHODS, VARIANTS, Settings, mean_loss, per_sample_loss, per_sequence_loss, trainer
+from benchmarks.methods import (
+    METHODS,
+    VARIANTS,
+    ESAMTrainer,
+    Settings,
+    mean_loss,
+    per_sample_loss,
+    per_sequence_loss,
+    trainer,
+)
 from esam_kernels import ops
 
 CPU = torch.device("cpu")
@@ -319,6 +330,60 @@ def test_stopwatch_counts_laps_anew_after_each_reading():
         assert all(0 <= lap < 1 for lap in seconds)
 
 
+@pytest.mark.parametrize(("device", "runs"), [("cpu", 0), ("cuda", 1)])
+def test_a_gpu_alone_is_given_work_before_it_is_timed(device, runs):
+    work = []
+    Stopwatch(torch.device(device)).lead(lambda: work.append(1))
+    assert len(work) == runs
+
+
+def test_a_gpu_is_kept_busy_for_longer_than_the_host_takes_to_launch_what_is_timed(monkeypatch):
+    """On a fake GPU, with a host that launches for 30 ms."""
+    now, done = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("event")
+
+        def synchronize(self):
+            done.append("wait")
+
+        def elapsed_time(self, end):
+            return 5.0
+
+    def call():
+        now[0] += 0.03
+        done.append("call")
+
+    monkeypatch.setattr(kernels.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(kernels, "keep_busy", lambda seconds: done.append(f"busy {seconds > 1.5 * 0.03}"))
+    assert kernels.seconds(call, "cuda") == (pytest.approx(0.005), pytest.approx(0.03))
+    assert done == ["wait", "call", "busy True", "event", "call", "event", "wait"]
+
+
+FLAGS = """
+import torch
+from benchmarks.environment import tf32
+
+print(*tf32().values())
+torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = True, False
+print(*tf32().values())
+torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = "ieee", "tf32"
+print(*tf32().values())
+"""
+
+
+def test_tf32_is_told_through_whichever_of_torch_s_two_interfaces_it_was_set():
+    """In a process of its own: torch has no way back from its new interface to the old one."""
+    run = subprocess.run([sys.executable, "-c", FLAGS], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False", "True", "True", "False", "False", "True"]  # by default, old, new
+
+
 def test_peak_memory_counts_what_lives_at_once():
     megabyte = 1 << 18  # floats
 
@@ -402,8 +467,13 @@ def test_step_cost_end_to_end(tmp_path, capsys, authors_clone):
     assert all(method["label"] in printed for method in result["methods"].values())
     absent = {*METHODS, *VARIANTS} - {*result["methods"]}  # backends that do not serve, and that of the row "ESAM"
     assert {f"esam-{result['backend']}"} <= absent <= {f"esam-{backend}" for backend in step_cost.BACKENDS}
+    assert result["left_out"].keys() == absent
+    assert all(f"{VARIANTS[name].label}: {why}" in printed for name, why in result["left_out"].items())
+    assert "where 50.0 % would be so by chance" in printed
+    assert "small of width 4 (a scaled-down stand-in: the published one's is 64)" in printed
     assert list(result["parts"])[-2:] == ["sum of the parts", "left over"]
-    assert len(result["parts"]) == 9
+    assert len(result["parts"]) == 11
+    assert result["environment"]["tf32_convolution"] is True
     assert result["rounds"] == 1
     again = result["methods"]["sgd-again"]["time_over_sgd"]["median"]
     assert result["aa_difference"] == pytest.approx(again - 1)
@@ -418,12 +488,88 @@ def test_step_cost_of_several_networks_with_token_weights_and_under_autocast(tmp
     assert [result["settings"]["model"] for result in results] == ["gpt", "small"]
     assert all(list(result["methods"]) == ["sgd", "sgd-again", "sam", "esam"] for result in results)
     assert all(result["steering"] is None for result in results)
-    assert "gpt of width 4, batch 16, fp16 autocast, sequences of up to 8 out of 16 tokens" in capsys.readouterr().out
+    assert ", batch 16, fp16 autocast, sequences of up to 8 out of 16 tokens" in capsys.readouterr().out
 
 
-def test_a_time_budget_leaves_each_case_one_round(tmp_path):
-    (result,) = run_step_cost(tmp_path, "--models", "small", "--methods", "esam", "--rounds", "9", "--time-budget", "0")
-    assert result["rounds"] == 1
+def test_a_time_budget_leaves_the_first_case_one_round_and_the_others_none(tmp_path, capsys):
+    arguments = ["--models", "small", "--methods", "esam", "--rounds", "9", "--time-budget", "0"]
+    (result,) = run_step_cost(tmp_path, *arguments, "--batch-sizes", "20", "16")
+    assert (result["rounds"], result["settings"]["batch_size"]) == (1, 16)
+    assert "small, batch 20: left out, since the time budget of 0 seconds was used up" in capsys.readouterr().out
+
+
+def test_whole_parts_and_floor_have_as_many_visits_in_turns_and_the_draw_of_the_round(tmp_path, monkeypatch):
+    steps = []  # (what, which weights it draws)
+
+    def draw(bare, step):
+        return {i for i, weight in enumerate(bare.model.parameters()) if any(weight is w for w in drawn(bare, step))}
+
+    def esam_step(method, *batch):
+        steps.append(("whole", draw(method, method.optimizer.param_groups[0]["esam_step"])))
+        return whole(method, *batch)
+
+    def parts_of_step(bare, inputs, targets, step):
+        steps.append(("parts", draw(bare, step)))
+        return parts(bare, inputs, targets, step)
+
+    def floor_of_step(bare, inputs, targets, weights):
+        found = {i for i, weight in enumerate(bare.model.parameters()) if any(weight is w for w in weights)}
+        steps.append(("floor", found))
+        floor(bare, inputs, targets, weights)
+
+    whole, parts, floor, drawn = ESAMTrainer.step, step_cost.parts_of_step, step_cost.floor_of_step, step_cost.drawn
+    monkeypatch.setattr(ESAMTrainer, "step", esam_step)
+    monkeypatch.setattr(step_cost, "parts_of_step", parts_of_step)
+    monkeypatch.setattr(step_cost, "floor_of_step", floor_of_step)
+    run_step_cost(tmp_path, "--models", "small", "--methods", "sgd")
+    visits = step_cost.VISITS["sgd"]
+    assert len(steps) == (step_cost.WARM_UP + 1) * visits * 3
+    rounds = [steps[i : i + 3 * visits] for i in range(0, len(steps), 3 * visits)]
+    for one in rounds:
+        assert all(drawn == one[0][1] for _, drawn in one)
+        trios = [[what for what, _ in one[i : i + 3]] for i in range(0, len(one), 3)]
+        assert all(len(set(place)) == 3 for place in (*trios, *zip(*trios)))  # each has each place once
+    assert any(one[0][1] != rounds[0][0][1] for one in rounds)
+
+
+def test_a_case_without_memory_ends_no_other(tmp_path, capsys, monkeypatch):
+    def measure(args, *rest):
+        if args.batch_size == 16:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return measured(args, *rest)
+
+    measured = step_cost.measure
+    monkeypatch.setattr(step_cost, "measure", measure)
+    arguments = ["--models", "small", "--methods", "sgd"]
+    (result,) = run_step_cost(tmp_path, *arguments, "--batch-sizes", "16", "20")
+    assert result["settings"]["batch_size"] == 20
+    assert "small, batch 16: left out, since it takes more memory than the device has" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no case was measured"):
+        run_step_cost(tmp_path, *arguments, "--batch-sizes", "16")
+
+
+def test_what_has_diverged_is_refused_and_ends_no_other_case(tmp_path, monkeypatch):
+    def measure(args, *rest):
+        args.lr = 1e30 if args.batch_size == 16 else args.lr
+        return measured(args, *rest)
+
+    measured = step_cost.measure
+    monkeypatch.setattr(step_cost, "measure", measure)
+    with pytest.raises(SystemExit, match=r"small, batch 16: sgd has diverged.*: lower --lr 1e\+30"):
+        run_step_cost(tmp_path, "--models", "small", "--methods", "sgd", "--batch-sizes", "16", "20")
+    assert [path.name for path in tmp_path.glob("*.json")] == ["step_cost_cpu_small_b20.json"]
+
+
+def test_sam_is_left_out_where_its_package_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step_cost, "find_spec", lambda name: None)
+    (result,) = run_step_cost(tmp_path, "--models", "small")
+    assert "sam" not in result["methods"]
+    assert "sam-davda54" in result["methods"]
+    assert result["left_out"]["sam"] == "the package pytorch_optimizer is not installed"
+    assert "Left out: SAM (pytorch_optimizer): the package pytorch_optimizer" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        step_cost.main(["--methods", "sam"])
+    assert "--methods sam: the package pytorch_optimizer is not installed" in capsys.readouterr().err
 
 
 def test_cases_have_their_own_defaults_unless_something_is_asked_for():
@@ -440,6 +586,8 @@ def test_cases_have_their_own_defaults_unless_something_is_asked_for():
         ("wrn28_10", None, 7, 32, 0.5),
         ("vit_s", None, 7, 224, 0.6),
     ]
+    batch_sizes = [shape[2] for shape in shapes("cuda")]
+    assert batch_sizes == sorted(batch_sizes)  # the cheapest first
     assert shapes("cuda", "--models", "vit_s", "--width", "64", "--image-size", "64", "--batch-sizes", "2") == [
         ("vit_s", 64, 2, 64, 0.6)
     ]
@@ -451,40 +599,47 @@ def test_cases_have_their_own_defaults_unless_something_is_asked_for():
         (["--methods", "sam", "sgd-bf16", "--amp", "fp16"], "--methods sgd-bf16: --amp sets the precision"),
         (["--methods", "esam-authors"], "--methods esam-authors: --authors-code says where"),
         (["--rounds", "0"], "--rounds and --batch-sizes must be at least 1"),
+        (["--models", "gpt", "--context", "3"], "--context 3: at least 4 is needed"),
+        (["--width", "0"], "--width 0: at least 1 is needed"),
+        (["--time-budget", "nan"], "--time-budget nan: seconds are needed"),
+        (["--models", "gpt", "--width", "200"], "width 200 cannot be shared by 3 heads"),
+        (["--gamma", "1.5"], "gamma = 1.5: a number in (0, 1] is needed"),
+        (["--lr", "-1"], "Invalid learning rate: -1.0"),
+        (["--data", "cifar10"], "--data-file"),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device cuda: torch finds no GPU here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
+        ),
+        (["--models", "small", "--batch-sizes", "16", "2000"], "has 1000 images only"),
+        (["--models", "small", "--image-size", "30"], "a multiple of 8"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(arguments, message, capsys):
+def test_what_cannot_be_measured_is_refused_before_anything_is(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        step_cost.main(arguments)
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(["--batch-sizes", "2000"], "has 1000 images only"), (["--image-size", "30"], "a multiple of 8")],
-)
-def test_batches_that_the_data_cannot_give_are_refused(arguments, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        run_step_cost(tmp_path, "--models", "small", *arguments)
+        step_cost.main(["--device", "cpu", "--output", str(tmp_path), *arguments])
+    error = capsys.readouterr().err
+    assert message in error
+    assert "usage:" in error
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
 @pytest.mark.parametrize("model", ["small", "gpt"])
 def test_the_parts_are_the_step(model, amp):
-    """From the same weights with the same draws, the parts leave the weights that ESAM leaves."""
+    """From the same weights with the same draws, the parts leave the weights and buffers that ESAM leaves."""
     settings, loss_fn = replace(SETTINGS, amp=amp), per_sample_loss
     shape, batches = {"width": 8, "channels": 1}, load("digits")
     if model == "gpt":
         loss_fn = per_sequence_loss
         shape, batches = {"width": 8, "vocabulary": 16, "context": 8}, data.TokenData(16, 8, CPU)
     whole, parts = (trainer(name, models.build(model, **shape), settings, CPU, loss_fn) for name in ("esam", "sgd"))
-    weights = list(parts.model.parameters())
     generator = torch.Generator().manual_seed(0)
     for step, (inputs, targets) in zip(range(6), batches.train_batches(128, generator)):
         whole.step(inputs, targets)
-        drawn = step_cost.drawn(weights, settings, step)
-        assert len(list(step_cost.parts_of_step(parts, inputs, targets, drawn))) == 7
-        assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), weights))
+        assert len(set(step_cost.parts_of_step(parts, inputs, targets, step))) == 9
+        states = (method.model.state_dict().values() for method in (whole, parts))
+        assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
 def test_the_floor_moves_no_weight_but_by_the_base_step():

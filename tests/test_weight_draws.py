@@ -8,7 +8,8 @@ from networks import batches, cross_entropy, mlp, train
 from torch import Tensor, nn
 
 from esam_kernels import ESAM, batch_closure
-from esam_kernels.weight_mask import draw_tensors
+from esam_kernels.ops.reference import TENSOR_STREAM, keep_threshold, philox4x32, philox_key
+from esam_kernels.weight_mask import BLOCK, draw_tensors
 
 INPUTS, TARGETS = batches(1)[0]
 
@@ -125,6 +126,18 @@ def test_the_share_of_elements_drawn_is_beta(beta):
 @granularities
 def test_beta_1_draws_all(granularity):
     assert all(torch.tensor(mask).all() for step in history(3, granularity=granularity, beta=1.0) for mask in step)
+
+
+@pytest.mark.parametrize("step", [0, BLOCK - 1, BLOCK, 12345, 2**32 + BLOCK + 1])
+def test_a_tensor_is_drawn_by_the_word_of_its_own_id_and_step(step):
+    """Whatever is drawn at once: a word is that of Philox at (0, stream, id, low word of the step), one at a time."""
+    ids, seed, beta = [0, 3, 4, 2**20], 2**40 + 5, 0.5
+    words = [
+        philox4x32(tuple(map(torch.tensor, (0, TENSOR_STREAM << 24, i, step % 2**32))), philox_key(seed))[0]
+        for i in ids
+    ]
+    kept = [i for i, word in enumerate(words) if word < keep_threshold(beta)]
+    assert draw_tensors(ids, beta, seed, step) == (kept or [words.index(min(words))])
 
 
 def test_at_least_one_tensor_is_always_drawn():

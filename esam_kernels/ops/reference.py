@@ -152,11 +152,12 @@ def element_words(
     return words[offset - 4 * first :][:count]
 
 
-def tensor_words(seed: int, step: int, tensor_ids: Sequence[int]) -> Tensor:
-    """For each tensor, the word that decides whether it is drawn: int64 of shape [len(tensor_ids)], on the CPU."""
-    ids = torch.tensor(tensor_ids, dtype=torch.int64)
+def tensor_words(seed: int, steps: Sequence[int], tensor_ids: Sequence[int]) -> Tensor:
+    """For each step and tensor, the word that decides whether it is drawn: int64 [steps, tensors], on the CPU."""
+    ids = torch.tensor(tensor_ids, dtype=torch.int64).expand(len(steps), -1)
+    numbers = torch.tensor([step & _WORD for step in steps])[:, None].expand_as(ids)
     zero = torch.zeros_like(ids)
-    return philox4x32((zero, zero + (TENSOR_STREAM << 24), ids, zero + (step & _WORD)), philox_key(seed))[0]
+    return philox4x32((zero, zero + (TENSOR_STREAM << 24), ids, numbers), philox_key(seed))[0]
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
