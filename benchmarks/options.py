@@ -1,7 +1,8 @@
 """The command line that the benchmarks share: data, network, device and hyperparameters."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,15 @@ def parse(
     return parser.parse_args(argv)
 
 
+@contextmanager
+def refusals(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Let a ValueError inside the block, which says what in the command line cannot be, end it as one of argparse's."""
+    try:
+        yield
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def images(args: argparse.Namespace) -> data.ImageData:
     """The chosen data on the chosen device, after its preparation."""
     prepare(args)
@@ -92,7 +102,13 @@ def images(args: argparse.Namespace) -> data.ImageData:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Make the chosen device ready to be timed, after saying what may surprise there."""
+    """Make the chosen device ready to be timed, after saying what may surprise there.
+
+    Raises:
+        ValueError: if the device is not there.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here, which --device cpu does without")
     if args.device == "cpu" and not cpu_has_bf16_matrix_units():
         print("This CPU has no bf16 matrix units: what runs in bf16 saves no time here.")
     torch.backends.cudnn.benchmark = True
@@ -100,9 +116,10 @@ def prepare(args: argparse.Namespace) -> None:
 
 def check_training(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse values of the training options that make no sense."""
-    for name in ("epochs", "seeds"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: at least 1 is needed")
+    for name in ("epochs", "seeds", "batch_size", "width"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
     if args.sharpness_samples < 0:
         parser.error(f"--sharpness-samples {args.sharpness_samples}: a number of images is needed, or 0")
 
