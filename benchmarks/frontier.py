@@ -1,8 +1,9 @@
 """What accuracy costs: ESAM with each of its settings changed, its controls, SGD and SAM.
 
 Each configuration is trained from several seeds (i) for as many epochs as SGD and (ii) for as many as take SGD's time.
-A step's time is measured beforehand, all configurations taking turns. Every finished run is kept in a journal, from
-which a sweep that was stopped goes on.
+A step's time is measured beforehand, all configurations taking turns. Every finished run is kept in a journal, with the
+sharpness of what it found, and from it a sweep that was stopped goes on: within a --time-budget, the same command is
+given again and again until it is finished.
 
 The task for a CPU is scikit-learn's digits with a fifth of the training labels wrong: on the digits as they are all
 methods end within the spread of each other, and to resist wrong labels is what SAM is known for (arXiv 2010.01412,
@@ -13,7 +14,7 @@ labels late, it has a control that stops early: a fifth of the epochs.
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain, groupby, islice, repeat
 from statistics import mean
@@ -25,14 +26,15 @@ from tqdm import tqdm, trange
 
 from . import data, options, plots, record, tables
 from .environment import environment
-from .journal import Journal
-from .measure import ratio, spread
+from .journal import PACKAGES, Journal, code_fingerprint
+from .measure import ratio, spread, turn
 from .methods import BF16_ON_ITS_OWN, Settings
-from .train import Run, mean_and_std, summarize_sharpness
+from .tables import PANELS
+from .train import Run, distances, require_valid
 
 WARM_UP = 1  # rounds of the calibration that are not counted
 TURN = 10  # steps at least
-PANELS = ("equal_epochs", "equal_time")
+SLOWDOWN = 1.2  # of a run's steps beside the calibration's, until a run is slower
 
 
 @dataclass(frozen=True)
@@ -58,35 +60,42 @@ class Configuration:
         return options.settings(args, **{"rho": self.rho_factor * args.rho, **self.changes, "seed": seed})
 
 
+# What says most comes first, as a time budget may cut off the rest: the optimizers, the controls of ESAM's choice of
+# samples, SGD's controls, and bf16; then one option at a time.
 CONFIGURATIONS = {
     "sgd": Configuration("SGD", "sgd"),
+    "sam": Configuration("SAM", "sam"),
+    "esam": Configuration("ESAM", "esam"),
+    "esam-random": Configuration("ESAM, random samples", "esam", {"selection": "random"}),
+    "esam-loss": Configuration("ESAM, largest losses", "esam", {"selection": "loss"}),
     "sgd-short": Configuration("SGD, 1/5 of the epochs", "sgd", share_of_epochs=0.2),
     "sgd-bf16": Configuration("SGD, bf16 autocast", "sgd-bf16"),
-    "sam": Configuration("SAM", "sam"),
-    "sam-half-rho": Configuration("SAM, rho / 2", "sam", rho_factor=0.5),
-    "sam-twice-rho": Configuration("SAM, rho * 2", "sam", rho_factor=2.0),
-    "sam-interval2": Configuration("SAM, every 2nd step", "esam", {"beta": 1.0, "gamma": 1.0, "interval": 2}),
-    "esam": Configuration("ESAM", "esam"),
     "esam-bf16": Configuration("ESAM, bf16 steering", "esam-bf16"),
-    "esam-half-rho": Configuration("ESAM, rho / 2", "esam", rho_factor=0.5),
-    "esam-twice-rho": Configuration("ESAM, rho * 2", "esam", rho_factor=2.0),
-    "esam-beta0.3": Configuration("ESAM, beta 0.3", "esam", {"beta": 0.3}),
-    "esam-beta1": Configuration("ESAM, beta 1", "esam", {"beta": 1.0}),
+    "esam-random-bf16": Configuration("ESAM, random samples, bf16 steering", "esam-bf16", {"selection": "random"}),
     "esam-gamma0.25": Configuration("ESAM, gamma 0.25", "esam", {"gamma": 0.25}),
     "esam-gamma0.75": Configuration("ESAM, gamma 0.75", "esam", {"gamma": 0.75}),
     "esam-gamma1": Configuration("ESAM, gamma 1", "esam", {"gamma": 1.0}),
+    "esam-beta0.3": Configuration("ESAM, beta 0.3", "esam", {"beta": 0.3}),
+    "esam-beta1": Configuration("ESAM, beta 1", "esam", {"beta": 1.0}),
     "esam-element": Configuration("ESAM, element masks", "esam", {"granularity": "element"}),
     "esam-interval2": Configuration("ESAM, every 2nd step", "esam", {"interval": 2}),
     "esam-interval5": Configuration("ESAM, every 5th step", "esam", {"interval": 5}),
-    "esam-loss": Configuration("ESAM, largest losses", "esam", {"selection": "loss"}),
-    "esam-random": Configuration("ESAM, random samples", "esam", {"selection": "random"}),
-    "esam-random-bf16": Configuration("ESAM, random samples, bf16 steering", "esam-bf16", {"selection": "random"}),
+    "esam-half-rho": Configuration("ESAM, rho / 2", "esam", rho_factor=0.5),
+    "esam-twice-rho": Configuration("ESAM, rho * 2", "esam", rho_factor=2.0),
+    "sam-half-rho": Configuration("SAM, rho / 2", "sam", rho_factor=0.5),
+    "sam-twice-rho": Configuration("SAM, rho * 2", "sam", rho_factor=2.0),
+    "sam-interval2": Configuration("SAM, every 2nd step", "esam", {"beta": 1.0, "gamma": 1.0, "interval": 2}),
 }
+CORE = ["sgd", "sam", "esam", "esam-random", "esam-loss"]
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {"width": 32, "epochs": 50, "label_noise": 0.2, "rho": 0.2},
-    "cifar10": {"epochs": 20},
+    # Hours on a GPU even so: each of ESAM's options once.
+    "cifar10": {
+        "epochs": 20,
+        "configurations": [*CORE, "esam-bf16", "esam-gamma0.25", "esam-beta0.3", "esam-element", "esam-interval2"],
+    },
 }
-QUICK = {"configurations": ["sgd", "sam", "esam", "esam-bf16", "esam-random"], "epochs": 10, "seeds": 2, "rounds": 3}
+QUICK = {"configurations": ["sgd", "sam", "esam", "esam-random", "esam-bf16"], "epochs": 10, "seeds": 2, "rounds": 3}
 # Options that say which runs there are, and nothing of a run.
 OF_THE_SWEEP = ("configurations", "epochs", "seeds", "rounds", "time_budget", "quick", "restart")
 
@@ -103,7 +112,7 @@ class Sweep:
     """All runs there are to be, and the journal of those there have been.
 
     Attributes:
-        calibration: for each configuration the seconds of a step and their ratio to SGD's: medians and quartiles.
+        calibration: what ``calibrate`` returned, now or when the journal was begun.
         epochs: for each panel and configuration, how many.
     """
 
@@ -119,7 +128,7 @@ class Sweep:
         self.epochs: dict[str, dict[str, int]] = {panel: {} for panel in PANELS}
         for name in args.configurations:
             epochs = CONFIGURATIONS[name].share_of_epochs * args.epochs
-            cost = self.calibration[name]["time_over_sgd"]["median"]
+            cost = self.calibration["steps"][name]["time_over_sgd"]["median"]
             self.epochs["equal_epochs"][name] = max(1, round(epochs))
             self.epochs["equal_time"][name] = max(1, round(epochs / cost))
 
@@ -138,32 +147,47 @@ class Sweep:
         return self.journal.get(self._run_key(planned))
 
     def run(self, deadline: float) -> None:
-        """Make the runs that are still to be made, and begin none that would not end by the deadline."""
+        """Make the runs that are still to be made, up to the first that is not expected to end by the deadline."""
         missing = [planned for planned in self.plan() if self.result(planned) is None]
-        slack = 1.2  # a run's time over that of its steps, which is all that the calibration knows
         with tqdm(total=self.steps * sum(planned.epochs for planned in missing), unit="step") as progress:
             for planned in missing:
                 if self.result(planned) is not None:
                     continue  # the options make two configurations the same
-                median = self.calibration[planned.configuration]["seconds_per_step"]["median"]
-                expected, start = self.steps * planned.epochs * median, perf_counter()
-                if start + slack * expected > deadline:
+                if perf_counter() + self.expected_seconds(planned) > deadline:
                     return
                 progress.set_description(f"seed {planned.seed}, {CONFIGURATIONS[planned.configuration].label}")
                 self.journal.add(self._run_key(planned), self._train(planned, progress))
-                slack = max(slack, (perf_counter() - start) / expected)
+
+    def expected_seconds(self, planned: Planned) -> float:
+        """How long a run takes if it is like the slowest so far.
+
+        That is a factor on the calibrated time of its steps, and besides what does not depend on them: the network's
+        making, its test and its sharpness.
+        """
+        finished = [(run, result) for run in self.plan() if (result := self.result(run)) is not None]
+        factor = max([SLOWDOWN, *(result["seconds"] / self._calibrated_seconds(run) for run, result in finished)])
+        besides = max([self.calibration["seconds_besides"], *(result["seconds_besides"] for _, result in finished)])
+        return factor * self._calibrated_seconds(planned) + besides
+
+    def _calibrated_seconds(self, planned: Planned) -> float:
+        per_step = self.calibration["steps"][planned.configuration]["seconds_per_step"]["median"]
+        return self.steps * planned.epochs * per_step
 
     def _train(self, planned: Planned, progress: tqdm) -> dict[str, Any]:
+        start = perf_counter()
         configuration = CONFIGURATIONS[planned.configuration]
         settings = configuration.settings(self.args, planned.seed)
         run = Run(configuration.method, settings, planned.epochs, self.images, self.args)
         for _ in range(planned.epochs):
             run.train_epoch(progress, test=False)
+        seconds = sum(epoch["seconds"] for epoch in run.curve)
         return {
             "test_accuracy": run.accuracy(),
             "train_loss": run.curve[-1]["train_loss"],
-            "seconds": sum(epoch["seconds"] for epoch in run.curve),
-            "sharpness": run.sharpness() if self.args.sharpness_samples else None,
+            "diverged": run.diverged,
+            "sharpness": run.sharpness(),
+            "seconds": seconds,
+            "seconds_besides": perf_counter() - start - seconds,
         }
 
     def _run_key(self, planned: Planned) -> dict[str, Any]:
@@ -183,30 +207,41 @@ class Sweep:
 
 
 def calibrate(images: data.ImageData, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a step of each configuration, with its batch's preparation, and their ratios to SGD's.
+    """How long a step of each configuration takes, and what a run needs besides.
 
-    In every round each takes a turn, in an order that rotates; a turn is a whole number of every interval.
+    In every round each takes a turn, in the order of ``measure.turn``; it is a whole number of every interval.
+
+    Returns:
+        ``steps``: for each configuration the seconds of a step, with its batch's preparation, and their ratio to SGD's,
+        medians and quartiles; ``seconds_besides``: of the making, test and sharpness of SGD's network.
     """
+    start = perf_counter()
+    untrained = Run("sgd", options.settings(args), 1, images, args)
+    untrained.accuracy()
+    untrained.sharpness()
+    seconds_besides = perf_counter() - start
     configurations = {name: CONFIGURATIONS[name] for name in args.configurations}
     settings = {name: configuration.settings(args, seed=0) for name, configuration in configurations.items()}
     runs = {name: Run(configurations[name].method, settings[name], 1, images, args) for name in configurations}
     batches = {name: endless_batches(run, args.batch_size) for name, run in runs.items()}
     interval = math.lcm(*(one.interval for one in settings.values()))
-    turn = interval * math.ceil(TURN / interval)
+    steps = interval * math.ceil(TURN / interval)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in trange(WARM_UP + args.rounds, desc="calibration", unit="round", leave=False):
-        first = number % len(runs)
-        for name in [*args.configurations[first:], *args.configurations[:first]]:
+        for name in [list(runs)[i] for i in turn(len(runs), number)]:
             run = runs[name]
             run.stopwatch.mark()
-            for inputs, targets in islice(batches[name], turn):
+            for inputs, targets in islice(batches[name], steps):
                 run.trainer.step(inputs, targets)
             run.stopwatch.mark()
-            seconds[name] += [lap / turn for lap in run.stopwatch.laps()]
+            seconds[name] += [lap / steps for lap in run.stopwatch.laps()]
     seconds = {name: laps[WARM_UP:] for name, laps in seconds.items()}
     return {
-        name: {"seconds_per_step": spread(laps)._asdict(), "time_over_sgd": ratio(laps, seconds["sgd"])._asdict()}
-        for name, laps in seconds.items()
+        "steps": {
+            name: {"seconds_per_step": spread(laps)._asdict(), "time_over_sgd": ratio(laps, seconds["sgd"])._asdict()}
+            for name, laps in seconds.items()
+        },
+        "seconds_besides": seconds_besides,
     }
 
 
@@ -233,12 +268,13 @@ def summarize(sweep: Sweep) -> dict[str, Any]:
 
     ``training_time_over_sgd`` is the cost at equal epochs: a step's time, times the share of the epochs.
 
-    While no seed has been finished by all, a panel shows the runs of the first that there are.
+    While no seed has been finished by all, a panel shows the runs of the first that there are. Which configurations are
+    on the Pareto front is said once all runs are finished; one of which a run diverged is not on it.
     """
     args = sweep.args
     configurations: dict[str, dict[str, Any]] = {}
     for name in args.configurations:
-        timed, share = sweep.calibration[name], sweep.epochs["equal_epochs"][name] / args.epochs
+        timed, share = sweep.calibration["steps"][name], sweep.epochs["equal_epochs"][name] / args.epochs
         training_time = share * timed["time_over_sgd"]["median"]
         configurations[name] = {"label": CONFIGURATIONS[name].label, **timed, "training_time_over_sgd": training_time}
     for panel in PANELS:
@@ -248,42 +284,68 @@ def summarize(sweep: Sweep) -> dict[str, Any]:
         }
         seeds = [seed for seed in range(args.seeds) if all(results[seed] for results in runs.values())] or [0]
         for name, results in runs.items():
-            counted = [result for seed in seeds if (result := results[seed]) is not None]
+            counted = {seed: result for seed in seeds if (result := results[seed]) is not None}
             configurations[name][panel] = summarize_runs(counted, sweep.epochs[panel][name]) if counted else None
-    shown = [configuration for configuration in configurations.values() if configuration["equal_epochs"]]
-    points = [(one["training_time_over_sgd"], one["equal_epochs"]["test_accuracy"]["mean"]) for one in shown]
-    for configuration, on_front in zip(shown, pareto_front(points)):
-        configuration["equal_epochs"]["on_front"] = on_front
     plan = sweep.plan()
+    finished = sum(sweep.result(planned) is not None for planned in plan)
+    if finished == len(plan):
+        mark_front(configurations.values())
     return {
         "steps_per_epoch": sweep.steps,
-        "runs": {"finished": sum(sweep.result(planned) is not None for planned in plan), "planned": len(plan)},
+        "runs": {"finished": finished, "planned": len(plan)},
         "configurations": configurations,
+        "sharpness": {"distances": distances(args)},
     }
 
 
-def summarize_runs(runs: Sequence[dict[str, Any]], epochs: int) -> dict[str, Any]:
-    """What a configuration's runs from several seeds come to, and the runs themselves."""
+def mark_front(configurations: Iterable[dict[str, Any]]) -> None:
+    """Say of each configuration whether its mean accuracy at equal epochs is on the Pareto front."""
+    candidates = []
+    for one in configurations:
+        one["equal_epochs"]["on_front"] = False
+        if not one["equal_epochs"]["diverged_seeds"]:
+            candidates.append(one)
+    points = [(one["training_time_over_sgd"], one["equal_epochs"]["test_accuracy"]["mean"]) for one in candidates]
+    for one, on_front in zip(candidates, pareto_front(points)):
+        one["equal_epochs"]["on_front"] = on_front
+
+
+def summarize_runs(runs: Mapping[int, dict[str, Any]], epochs: int) -> dict[str, Any]:
+    """What a configuration's runs from several seeds come to, and the runs themselves.
+
+    Seeds from which training diverged are listed, and have no part in the accuracy.
+    """
     return {
         "epochs": epochs,
         "seeds": len(runs),
-        "test_accuracy": mean_and_std([run["test_accuracy"] for run in runs]),
-        "seconds": mean(run["seconds"] for run in runs),
-        "sharpness": summarize_sharpness([run["sharpness"] for run in runs if run["sharpness"]]),
-        "runs": list(runs),
+        "diverged_seeds": [seed for seed, run in runs.items() if run["diverged"]],
+        "test_accuracy": record.mean_and_std([run["test_accuracy"] for run in runs.values() if not run["diverged"]]),
+        "seconds": mean(run["seconds"] for run in runs.values()),
+        "runs": list(runs.values()),
     }
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = options.make_training_parser(__doc__ or "")
     add = parser.add_argument
     add("--configurations", nargs="+", choices=CONFIGURATIONS, metavar="NAME", help=f"of {', '.join(CONFIGURATIONS)}")
     add("--rounds", type=int, default=8, help="of the calibration, at which all take turns; default: %(default)s")
-    add("--time-budget", type=float, metavar="SECONDS", help="begin no run that would not end within it")
+    add(
+        "--time-budget",
+        type=float,
+        metavar="SECONDS",
+        help="of the whole job; after the calibration, which is made once in any case, it begins no run that would not "
+        "end within it; the same command goes on from there",
+    )
     add("--quick", action="store_true", help="few configurations, epochs and seeds: to see that it works")
     add("--restart", action="store_true", help="do not go on with the runs that are in the output folder's journal")
-    parser.set_defaults(sharpness_samples=0)
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = make_parser()
     quick = QUICK if parser.parse_known_args(argv)[0].quick else {}
     args = options.parse(parser, argv, {name: recipe | quick for name, recipe in RECIPES.items()})
     if args.configurations is None:
@@ -303,10 +365,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Make the runs that are still to be made, write the result and print the table."""
     started = perf_counter()
     args = parse_args(argv)
-    images = options.training_images(args)
     stem = f"frontier_{args.data}_{args.device}"
     here = environment()
-    journal = Journal(args.output / f"{stem}.jsonl", here, args.restart)
+    with options.refusals(make_parser()):
+        images = options.training_images(args)
+        methods = [CONFIGURATIONS[name] for name in args.configurations]
+        require_valid(images, args, [(one.method, one.settings(args, seed=0)) for one in methods])
+        identity = here | {"code": code_fingerprint(*PACKAGES)}
+        journal = Journal(args.output / f"{stem}.jsonl", identity, args.restart)
     sweep = Sweep(images, args, journal)
     sweep.run(math.inf if args.time_budget is None else started + args.time_budget)
     result = record.header("frontier", images.label, args) | {"environment": here} | summarize(sweep)
@@ -314,6 +380,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     plots.frontier(result, args.output / f"{stem}.svg")
     print(tables.frontier(result))
     print(f"\nWritten to {args.output}: {stem}.json, {stem}.svg; {journal.path.name} holds the single runs")
+    if result["runs"]["finished"] < result["runs"]["planned"]:
+        command = "the same command without --restart" if args.restart else "the same command"
+        print(
+            f"Run {command} again until it is finished: {result['runs']['finished']} of {result['runs']['planned']} "
+            "runs done."
+        )
 
 
 if __name__ == "__main__":

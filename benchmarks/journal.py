@@ -1,10 +1,17 @@
 """The finished parts of a long measurement, kept so that it goes on where it was stopped, however it was stopped."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import esam_kernels
+
+PACKAGES = (Path(esam_kernels.__file__).parent, Path(__file__).parent)
+# What may change between two starts. Of the code, its fingerprint says more than git does.
+CHANGING = {"date", "commit", "uncommitted_changes"}
 
 
 class Journal:
@@ -15,7 +22,7 @@ class Journal:
 
     Args:
         path: the file, which is made with its folder if it is not there.
-        environment: where and with what is measured; only its ``date`` may change from one start to the next.
+        environment: where and with what is measured: only ``CHANGING`` may change from one start to the next.
         restart: begin anew, whatever is in the file.
 
     Raises:
@@ -58,12 +65,26 @@ class Journal:
             os.fsync(file.fileno())
 
     def _require_same(self, begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        for name in sorted((begun.keys() | now.keys()) - {"date"}):
+        for name in sorted((begun.keys() | now.keys()) - CHANGING):
             if begun.get(name) != now.get(name):
                 raise ValueError(
                     f"{self.path} was begun with {name} = {begun.get(name)!r}, which is {now.get(name)!r} now: give "
                     "--restart to begin anew, or another --output"
                 )
+
+
+def code_fingerprint(*packages: Path) -> str:
+    """A hash of all code in the packages' folders: their Python sources and what is built there.
+
+    Code that was edited has another one, committed or not, and whether or not git is at hand.
+    """
+    digest = hashlib.sha256()
+    for package in packages:
+        for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".so")):
+            name, content = path.relative_to(package.parent).as_posix().encode(), path.read_bytes()
+            for part in (name, content):
+                digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:16]
 
 
 def _canonical(key: Mapping[str, Any]) -> str:

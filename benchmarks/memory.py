@@ -153,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = options.base_parser(__doc__ or "")
     parser.add_argument("--models", nargs="+", choices=CASES, default=[*CASES], help="default: all")
     args = parser.parse_args(argv)
+    with options.refusals(parser):
+        options.require_device(args)
     result = record.header("memory", "random images", args)
     result["settings"] |= {"steps": STEPS, "beta": SETTINGS.beta, "gamma": SETTINGS.gamma, **SETTINGS.sgd}
     result["cases"] = {}

@@ -1,9 +1,12 @@
-"""Results as JSON files: what every one begins with, writing them and reading them."""
+"""Results as JSON files: what every one begins with, what seeds come to, writing them and reading them."""
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from . import options
 from .environment import environment
@@ -12,6 +15,14 @@ from .environment import environment
 def header(benchmark: str, data: str, args: argparse.Namespace) -> dict[str, Any]:
     """What every result begins with: which benchmark it is of, and what is needed to repeat it."""
     return {"benchmark": benchmark, "data": data, "environment": environment(), "settings": options.as_json(args)}
+
+
+def mean_and_std(values: Sequence[float]) -> dict[str, float | None] | None:
+    """Mean and standard deviation over seeds; no deviation of a single one, and None of none."""
+    if not values:
+        return None
+    with np.errstate(invalid="ignore"):  # a loss may overflow, and is shown as it is
+        return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
 
 def save(result: dict[str, Any], folder: Path, stem: str) -> None:

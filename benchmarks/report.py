@@ -5,6 +5,7 @@
 
 import argparse
 import html
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +24,12 @@ class Figure:
 
     Attributes:
         draw: writes it as an SVG file.
-        description: what it shows, for those who cannot see it.
+        describe: says what is seen, for those who cannot see it.
         shown: whether a result has what it shows.
     """
 
     draw: Callable[[dict[str, Any], Path], None]
-    description: str
+    describe: Callable[[dict[str, Any]], str]
     shown: Callable[[dict[str, Any]], bool] = lambda _: True
 
 
@@ -63,11 +64,11 @@ KINDS = {
         "Accuracy is the last epoch's, on images that were not trained on; cost is the time of a step over SGD's.",
         tables.train,
         {
-            "_cost": Figure(plots.accuracy_over_cost, "Test accuracy of each optimizer over the time of its step."),
-            "_time": Figure(plots.accuracy_over_time, "Test accuracy of each optimizer over its time of training."),
+            "_cost": Figure(plots.accuracy_over_cost, plots.describe_accuracy_over_cost),
+            "_time": Figure(plots.accuracy_over_time, plots.describe_accuracy_over_time),
             "_sharpness": Figure(
                 plots.loss_around_minimum,
-                "Rise of the training loss with the distance from the trained weights, for each optimizer.",
+                plots.describe_loss_around_minimum,
                 lambda result: any(result["sharpness"]["seeds"].values()),
             ),
         },
@@ -78,7 +79,7 @@ KINDS = {
         "The same training with many options of ESAM, with SAM and with controls, for as many epochs as SGD and for as "
         "much time.",
         tables.frontier,
-        {"": Figure(plots.frontier, "Test accuracy of each configuration over the time of its step.")},
+        {"": Figure(plots.frontier, plots.describe_frontier)},
     ),
     "step_cost": Kind(
         "One step",
@@ -149,7 +150,7 @@ def as_markdown(results: Results) -> str:
         parts += [f"## {kind.title}", kind.introduction]
         for stem, result in members.items():
             parts += [f"### {_escape(tables.subject(result))}", _escape(kind.tables(result))]
-            parts += [f"![{figure.description}]({stem}{name}.svg)" for name, figure in kind.plots(result)]
+            parts += [_image(figure, result, f"{stem}{name}.svg") for name, figure in kind.plots(result)]
             for part in ("settings", "environment"):
                 parts.append(f"{part.capitalize()} of [{stem}.json]({stem}.json): {_listed(result[part])}.")
     return "\n\n".join(parts) + "\n"
@@ -167,7 +168,7 @@ def as_page(results: Results) -> str:
                     "title": tables.subject(result),
                     "blocks": list(tables.blocks(kind.tables(result))),
                     "figures": [
-                        page.inline_svg(figure.draw, result, f"{stem}{name}", figure.description)
+                        page.inline_svg(figure.draw, result, f"{stem}{name}", figure.describe(result))
                         for name, figure in kind.plots(result)
                     ],
                     "details": {part.capitalize(): result[part] for part in ("settings", "environment")},
@@ -186,11 +187,11 @@ def update(readme: str, results: Results) -> str:
     for kind, members in by_kind(results):
         for stem, result in members.items():
             if kind is KINDS["train"]:
-                plot = f"![{kind.figures['_cost'].description}](benchmarks/results/{stem}_cost.svg)"
+                plot = _image(kind.figures["_cost"], result, f"benchmarks/results/{stem}_cost.svg")
                 sections["train"] += [_escape(kind.tables(result)), plot]
             if kind is KINDS["frontier"]:
                 rows = {name: row for name, row in result["configurations"].items() if name in HEADLINES}
-                plot = f"![{kind.figures[''].description}](benchmarks/results/{stem}.svg)"
+                plot = _image(kind.figures[""], result, f"benchmarks/results/{stem}.svg")
                 sections["frontier"] += [_escape(kind.tables(result | {"configurations": rows})), plot]
     for name, parts in sections.items():
         begin, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
@@ -213,6 +214,12 @@ def write(folder: Path) -> None:
                 figure.draw(result, folder / f"{stem}{name}.svg")
 
 
+def _image(figure: Figure, result: dict[str, Any], file: str) -> str:
+    """A plot in Markdown, with what is seen in it; brackets there would end the text."""
+    text = re.sub(r"([][])", r"\\\1", _escape(figure.describe(result)))
+    return f"![{text}]({file})"
+
+
 def _escape(text: str) -> str:
     """Text whose < and & are shown, and not taken for HTML in Markdown."""
     return html.escape(text, quote=False)
@@ -233,9 +240,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="where the JSON files are and the report goes; default: benchmarks/results, which the README shows too",
     )
     folder = parser.parse_args(argv).results
+    with options.refusals(parser):
+        results = record.load(folder)
+        if not results:
+            raise ValueError(f"--results {folder}: no results are there, which the other commands write")
+        list(by_kind(results))  # so that an unknown kind is refused before anything is written
     write(folder)
     if folder.resolve() == options.RESULTS.resolve():
-        README.write_text(update(README.read_text(), record.load(folder)))
+        with options.refusals(parser):
+            README.write_text(update(README.read_text(), results))
     print(f"Written to {folder}: report.html, report.md")
 
 

@@ -9,7 +9,7 @@ every row, as torch's own do.
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -21,7 +21,7 @@ from esam_kernels import ops, sharpness
 
 from . import data, options, record, tables
 from .methods import Settings, per_sample_loss, trainer
-from .train import TEST_BATCH, mean_and_std
+from .train import TEST_BATCH
 
 LABEL_NOISE = 0.2
 
@@ -61,10 +61,18 @@ def network(width: int, images: data.ImageData, seed: int, dtype: torch.dtype) -
     return model.to(images.train_images.device, dtype)
 
 
-def train(row: Row, seed: int, images: data.ImageData, args: argparse.Namespace) -> dict[str, float]:
-    """Train to the end; test accuracy in percent, and for ESAM what its perturbation is like there."""
+def settings_of(row: Row, seed: int, args: argparse.Namespace) -> Settings:
+    """The optimizer's options in a row."""
+    return Settings(args.lr, 0.9, 5e-4, row.rho, args.beta, args.gamma, seed=seed)
+
+
+def train(row: Row, seed: int, images: data.ImageData, args: argparse.Namespace) -> dict[str, float] | None:
+    """Train to the end; test accuracy in percent, and for ESAM what its perturbation is like there.
+
+    None if training diverges: the loss of the last step is not finite.
+    """
     device = torch.device(args.device)
-    settings = Settings(args.lr, 0.9, 5e-4, row.rho, args.beta, args.gamma, seed=seed)
+    settings = settings_of(row, seed, args)
     model = network(args.width, images, seed, row.dtype)
     method = trainer("esam" if row.rho else "sgd", model, settings, device)
     scheduler = CosineAnnealingLR(method.optimizer, T_max=args.epochs)
@@ -72,8 +80,10 @@ def train(row: Row, seed: int, images: data.ImageData, args: argparse.Namespace)
     with rounding_to_nearest() if row.nearest else nullcontext():
         for _ in range(args.epochs):
             for inputs, targets in images.train_batches(args.batch_size, generator):
-                method.step(inputs.to(row.dtype), targets)
+                last = method.step(inputs.to(row.dtype), targets)
             scheduler.step()
+    if not last.isfinite():
+        return None
     with torch.inference_mode():
         batches = images.test_batches(TEST_BATCH)
         right = sum((model(inputs.to(row.dtype)).argmax(1) == labels).sum() for inputs, labels in batches)
@@ -103,6 +113,15 @@ def move(weights: list[nn.Parameter], loss: Tensor, row: Row) -> tuple[float, fl
     return (moves @ exact / exact.square().sum()).item(), (moves.norm() / exact.norm()).item()
 
 
+def summarize(runs: Sequence[dict[str, float] | None]) -> dict[str, Any]:
+    """What a row's runs from several seeds come to: means over those that did not diverge, and how many did."""
+    sound = [run for run in runs if run is not None]
+    names = list(sound[0]) if sound else []
+    return {"diverged": len(runs) - len(sound)} | {
+        name: record.mean_and_std([run[name] for run in sound]) for name in names
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train every row from every seed, write the result and print the table."""
     parser = options.base_parser(__doc__ or "")
@@ -120,19 +139,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--width, --batch-size, --epochs and --seeds must be at least 1")
     if min(args.rho) <= 0:
         parser.error(f"--rho {min(args.rho)}: must be above 0")
-    options.prepare(args)
-    images = data.load("digits", None, torch.device(args.device), torch.contiguous_format)
-    images = data.flip_labels(images, LABEL_NOISE)
-    result = record.header("rounding", images.label, args)  # of the code that is about to run
     plan = rows_of(args.rho)
-    runs: dict[str, list[dict[str, float]]] = {row.label: [] for row in plan}
+    with options.refusals(parser):
+        options.prepare(args)
+        images = data.load("digits", None, torch.device(args.device), torch.contiguous_format)
+        images = data.flip_labels(images, LABEL_NOISE)
+        if images.steps_per_epoch(args.batch_size) == 0:
+            raise ValueError(f"--batch-size {args.batch_size}: more than the {len(images.train_labels)} images")
+        for row in plan:
+            trainer("esam" if row.rho else "sgd", nn.Linear(1, 1), settings_of(row, 0, args), torch.device("cpu"))
+    result = record.header("rounding", images.label, args)  # of the code that is about to run
+    runs: dict[str, list[dict[str, float] | None]] = {row.label: [] for row in plan}
     for seed in trange(args.seeds, unit="seed"):
         for row in plan:
             runs[row.label].append(train(row, seed, images, args))
-    rows = {
-        label: {name: mean_and_std([run[name] for run in found]) for name in found[0]} for label, found in runs.items()
-    }
-    result |= {"rows": rows, "runs": runs}
+    result |= {"rows": {label: summarize(found) for label, found in runs.items()}, "runs": runs}
     record.save(result, args.output, f"rounding_{args.device}")
     print(tables.rounding(result))
 

@@ -18,7 +18,7 @@ from .methods import per_sample_loss
 
 RANDOM_DIRECTIONS = 3
 TOLERANCE = 0.05  # of the top eigenvalue
-MAX_ITERATIONS = 30
+MAX_ITERATIONS = 100
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 
@@ -98,11 +98,12 @@ class Landscape:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """The network in evaluation mode, so that neither batch statistics nor dropout move the loss."""
+        """The network in evaluation mode, so that neither batch statistics nor dropout move the loss; without TF32."""
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
-            yield
+            with full_precision():
+                yield
         finally:
             for module, mode in modes.items():
                 module.training = mode
@@ -116,11 +117,24 @@ class Landscape:
         return self._loss(self.model(inputs), targets).double().sum() / self._samples
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Matrix products and convolutions in float32 on a GPU too: TF32 keeps 10 bits, too few for small rises."""
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
+
+
 class Eigenvalue(NamedTuple):
-    """An eigenvalue by power iteration.
+    """An eigenvalue of the Hessian by power iteration.
 
     Attributes:
-        value: the Rayleigh quotient of the last vector.
+        value: the Rayleigh quotient of the last vector; none exceeds the top eigenvalue.
         residual: ‖Hv - value v‖ for that vector of norm 1: so near an eigenvalue is for certain.
         iterations: Hessian-vector products that it took.
         converged: whether the residual came within the tolerance before the cap on iterations.
@@ -143,37 +157,27 @@ def top_eigenvalue(
     Power iteration finds the eigenvalue of largest size. Where that is negative it goes on with the Hessian less that
     eigenvalue times the identity, whose eigenvalue of largest size is the Hessian's largest.
     """
-    found = _power_iteration(landscape.hessian_vector_product, landscape, generator, tolerance, max_iterations)
+    found = _power_iteration(landscape, 0.0, generator, tolerance, max_iterations)
     if found.value >= 0:
         return found
-    lowest = found.value
-    shifted = _power_iteration(
-        lambda vector: landscape.hessian_vector_product(vector) - lowest * vector,
-        landscape,
-        generator,
-        tolerance,
-        max_iterations,
-    )
-    return shifted._replace(value=shifted.value + lowest, iterations=found.iterations + shifted.iterations)
+    above = _power_iteration(landscape, found.value, generator, tolerance, max_iterations)
+    return above._replace(iterations=found.iterations + above.iterations)
 
 
 def _power_iteration(
-    multiply: Callable[[Tensor], Tensor],
-    landscape: Landscape,
-    generator: torch.Generator,
-    tolerance: float,
-    max_iterations: int,
+    landscape: Landscape, shift: float, generator: torch.Generator, tolerance: float, max_iterations: int
 ) -> Eigenvalue:
+    """The Hessian's eigenvalue farthest from ``shift``, judged by its own size however large the shift is."""
     vector = landscape.random_vector(generator)
     value = residual = 0.0
     for iteration in range(1, max_iterations + 1):
         vector = vector / vector.norm()
-        product = multiply(vector)
+        product = landscape.hessian_vector_product(vector)
         value = (vector @ product).item()
         residual = (product - value * vector).norm().item()
         if residual <= tolerance * abs(value):
             return Eigenvalue(value, residual, iteration, True)
-        vector = product
+        vector = product - shift * vector
     return Eigenvalue(value, residual, max_iterations, False)
 
 

@@ -1,7 +1,7 @@
 """Results as Markdown tables, and the line that says on what they were measured."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
@@ -9,6 +9,10 @@ from esam_kernels.sharpness import count
 
 from .methods import METHODS, VARIANTS
 from .models import LANGUAGE_MODELS, MODELS
+from .record import mean_and_std
+from .sharpness import TOLERANCE
+
+PANELS = ("equal_epochs", "equal_time")  # of a frontier's result
 
 
 class Table(NamedTuple):
@@ -42,16 +46,24 @@ def summary(results: Iterable[dict[str, Any]]) -> str:
 
 
 def _gain(result: dict[str, Any], name: str, other: str) -> str:
-    """By how much a method's accuracy exceeds another's, over the seeds that both finished."""
-    curves, methods = result.get("curves", {}), result["methods"]
-    if not {name, other} <= curves.keys():
+    """By how much a method's accuracy exceeds another's, over the seeds that both finished without diverging."""
+    if not {name, other} <= result.get("curves", {}).keys():
         return ""
-    finals = [
-        [curve[-1]["test_accuracy"] for curve in curves[who] if len(curve) == methods[who]["epochs"]]
-        for who in (name, other)
-    ]
-    gains = [a - b for a, b in zip(*finals, strict=True)]
+    ours, others = sound_curves(result, name), sound_curves(result, other)
+    gains = [ours[seed][-1]["test_accuracy"] - others[seed][-1]["test_accuracy"] for seed in ours if seed in others]
+    if not gains:
+        return ""
     return f"{mean(gains):+.2f}" + (f" ± {stdev(gains):.2f}" if len(gains) > 1 else "")
+
+
+def sound_curves(result: dict[str, Any], name: str) -> dict[int, list[dict[str, Any]]]:
+    """A method's curves of training by their seeds: those that are as long as can be and did not diverge."""
+    method = result["methods"][name]
+    return {
+        seed: curve
+        for seed, curve in enumerate(result["curves"][name])
+        if len(curve) == method["epochs"] and seed not in method.get("diverged_seeds", ())
+    }
 
 
 def subject(result: dict[str, Any]) -> str:
@@ -65,76 +77,123 @@ def subject(result: dict[str, Any]) -> str:
 
 
 def train(result: dict[str, Any]) -> str:
-    """The table of a training result: accuracy, time and memory of each method, and how they were measured."""
-    settings = result["settings"]
+    """The tables of a training result: accuracy, time and memory of each method, and the sharpness of what it found."""
+    settings, methods = result["settings"], result["methods"]
     columns = ["optimizer", "test accuracy, %", "step, ms", "cost over SGD", "peak memory, MB"]
-    has_sharpness = any(method.get("sharpness") for method in result["methods"].values())
-    if has_sharpness:
-        columns += [f"loss rise at rho {settings['rho']}", "top eigenvalue"]
     rows = []
-    for method in result["methods"].values():
-        spread = "" if method["test_accuracy_std"] is None else f" ± {method['test_accuracy_std']:.2f}"
-        cost = method["time_over_sgd"]
+    for method in methods.values():
+        accuracy = {"mean": method["test_accuracy_mean"], "std": method["test_accuracy_std"]}
         rows.append(
             [
                 method["label"],
-                f"{method['test_accuracy_mean']:.2f}{spread}",
+                _accuracy(accuracy, len(method.get("diverged_seeds", ())), method["seeds"]),
                 f"{1e3 * method['seconds_per_step']['median']:.1f}",
-                _cost(cost),
+                _cost(method["time_over_sgd"]),
                 f"{method['peak_memory_bytes'] / 1e6:.0f}",
             ]
         )
-        if has_sharpness:
-            rows[-1] += _sharpness(method["sharpness"])
-    method = next(iter(result["methods"].values()))
+    method = next(iter(methods.values()))
     epochs = f"{method['epochs']} epochs"
     if method["epochs"] < settings["epochs"]:
         epochs = f"stopped by the time budget after {method['epochs']} of {settings['epochs']} epochs"
     amp = f", {settings['amp']} autocast" if settings["amp"] else ""
     caption = (
         f"{result['data']}, {settings['model']}, batch {settings['batch_size']}{amp}, {epochs}, "
-        f"{_seeds(method['seeds'])}, rho {settings['rho']}, beta {settings['beta']}, gamma {settings['gamma']}."
+        f"{_seeds(method['seeds'])}, rho {settings['rho']}, beta {settings['beta']}, gamma {settings['gamma']}. "
+        f"{machine(result)}"
     )
-    if has_sharpness:
-        caption += f" Sharpness of the trained networks, on {settings['sharpness_samples']} training images."
-    return f"{table(columns, rows)}\n\n{caption} {machine(result)}"
+    found = {methods[name]["label"]: measured for name, measured in result["sharpness"]["seeds"].items()}
+    return "\n\n".join([table(columns, rows), caption, *sharpness(result, {"": found})])
 
 
 def frontier(result: dict[str, Any]) -> str:
-    """The table of a sweep: what each configuration costs, and its accuracy at equal epochs and at equal time."""
+    """The tables of a sweep: each configuration's cost, accuracy at equal epochs and at equal time, and sharpness."""
     settings, configurations = result["settings"], result["configurations"]
-    columns = ["configuration", "time over SGD", f"accuracy at {settings['epochs']} epochs, %", "Pareto front"]
-    columns += ["epochs in SGD's time", "accuracy, %", "time taken over SGD"]
-    has_sharpness = any(one["equal_epochs"] and one["equal_epochs"]["sharpness"] for one in configurations.values())
-    if has_sharpness:
-        columns += [f"loss rise at rho {settings['rho']}", "top eigenvalue"]
+    finished = result["runs"]["finished"] == result["runs"]["planned"]
+    columns = ["configuration", "training time over SGD", f"accuracy at {settings['epochs']} epochs, %"]
+    columns += [*(["Pareto front"] if finished else []), "epochs in SGD's time", "accuracy, %", "time taken over SGD"]
     rows = []
     for one in configurations.values():
         by_epochs, by_time, sgd = one["equal_epochs"], one["equal_time"], configurations["sgd"]["equal_time"]
-        row = [one["label"], f"{one['training_time_over_sgd']:.2f}", "", "", "", "", ""]
-        if by_epochs:
-            row[2:4] = [_mean_and_std(by_epochs["test_accuracy"], ".2f"), "yes" if by_epochs["on_front"] else ""]
-        if by_time and sgd:
-            row[4:6] = [str(by_time["epochs"]), _mean_and_std(by_time["test_accuracy"], ".2f")]
-            row[6] = f"{by_time['seconds'] / sgd['seconds']:.2f}"
-        rows.append(row + (_sharpness(by_epochs and by_epochs["sharpness"]) if has_sharpness else []))
+        row = [one["label"], f"{one['training_time_over_sgd']:.2f}", _panel_accuracy(by_epochs)]
+        row += ["yes" if by_epochs["on_front"] else ""] if finished else []
+        row += [str(by_time["epochs"]) if by_time else "", _panel_accuracy(by_time)]
+        rows.append([*row, f"{by_time['seconds'] / sgd['seconds']:.2f}" if by_time and sgd else ""])
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {"": {}, "in SGD's time: ": {}}
+    for one in configurations.values():
+        for prefix, panel in zip(found, PANELS):
+            runs = one[panel]["runs"] if one[panel] else []
+            found[prefix][one["label"]] = [run["sharpness"] for run in runs if run["sharpness"]]
+    return "\n\n".join([table(columns, rows), _about_sweep(result, finished), *sharpness(result, found)])
+
+
+def _about_sweep(result: dict[str, Any], finished: bool) -> str:
+    """What a reader must know of a sweep to judge its tables."""
+    settings, configurations, runs = result["settings"], result["configurations"], result["runs"]
     amp = f", {settings['amp']} autocast" if settings["amp"] else ""
     by_epochs, by_time = (
-        max(row[panel]["seeds"] if row[panel] else 0 for row in configurations.values())
-        for panel in ("equal_epochs", "equal_time")
+        max(one[panel]["seeds"] if one[panel] else 0 for one in configurations.values()) for panel in PANELS
     )
-    runs = result["runs"]
-    stopped = (
-        f" Stopped after {runs['finished']} of {runs['planned']} runs." if runs["finished"] < runs["planned"] else ""
-    )
-    caption = (
+    sentences = [
         f"{result['data']}, {settings['model']}, batch {settings['batch_size']}{amp}, rho {settings['rho']}, beta "
-        f"{settings['beta']}, gamma {settings['gamma']} unless the row says otherwise; {_seeds(by_epochs)} at equal "
-        f"epochs and {_seeds(by_time)} in SGD's time; the learning rate anneals over a run's own epochs. A step's cost "
-        f"is the median of {settings['rounds']} interleaved rounds.{stopped} "
-        f"{machine(result)}"
+        f"{settings['beta']}, gamma {settings['gamma']} unless the row says otherwise; the learning rate anneals over "
+        "a run's own epochs.",
+        f"Accuracy is of {_seeds(by_epochs)} at equal epochs and of {_seeds(by_time)} in SGD's time.",
+        f"Training time is that at equal epochs, from a step's, the median of {settings['rounds']} interleaved rounds.",
+    ]
+    sentences += [
+        f"{one['label']!r} trains for {one['equal_epochs']['epochs']} of the {settings['epochs']} epochs only, and for "
+        "as small a share of SGD's time."
+        for one in configurations.values()
+        if one["equal_epochs"] and one["equal_epochs"]["epochs"] < settings["epochs"]
+    ]
+    tried = len(settings["configurations"])
+    sentences.append(
+        f"{tried} configurations were tried, on the images that accuracy is of: the best of them is so in part by luck."
     )
-    return f"{table(columns, rows)}\n\n{caption}"
+    if finished:
+        sentences.append(
+            "The Pareto front is of all of them, and of means: within their deviations it could be another."
+        )
+    else:
+        sentences.append(f"Stopped after {runs['finished']} of {runs['planned']} runs: there is no Pareto front yet.")
+    if any(one[panel] and one[panel].get("diverged_seeds") for one in configurations.values() for panel in PANELS):
+        sentences.append("Seeds that diverged have no part in the means, nor their configuration in the front.")
+    return " ".join([*sentences, machine(result)])
+
+
+def sharpness(result: dict[str, Any], found: Mapping[str, Mapping[str, Sequence[dict[str, Any]]]]) -> list[str]:
+    """The table of how sharp what was found is, and its caption; nothing if that was not measured.
+
+    Args:
+        result: of networks that were trained.
+        found: for each group of columns, by what their names begin with, the measurements at each row, one a seed. The
+            first group has all radii, the others only that of the settings.
+    """
+    measured = [one for group in found.values() for seeds in group.values() for one in seeds]
+    measured = [one for i, one in enumerate(measured) if one not in measured[:i]]  # a run may be in two groups
+    if not measured:
+        return []
+    distances, rho = result["sharpness"]["distances"], result["settings"]["rho"]
+    columns, rows = (
+        ["network trained by", "norm of the weights"],
+        {label: [label] for label in next(iter(found.values()))},
+    )
+    for prefix, group in found.items():
+        radii = [i for i, distance in enumerate(distances) if distance == rho or not prefix]
+        columns += [f"{prefix}top eigenvalue", *(f"{prefix}loss rise at {distances[i]:.3g}" for i in radii)]
+        for label, seeds in group.items():
+            rows[label] += [] if prefix else [_over_seeds([one["weight_norm"] for one in seeds], 3)]
+            rows[label].append(_eigenvalue([one["hessian"] for one in seeds]))
+            rows[label] += [_over_seeds([one["gradient_rise"][i] for one in seeds]) for i in radii]
+    converged = sum(one["hessian"]["converged"] for one in measured)
+    caption = (
+        f"Sharpness is of the loss over {result['settings']['sharpness_samples']} training images, without "
+        "augmentation. Loss rise: from the weights to the point at that distance straight up the gradient, a lower "
+        "bound of the largest rise in the ball of that radius. Top eigenvalue of the Hessian, by power iteration, "
+        f"which comes from below: {converged} of {len(measured)} converged, to a residual of {100 * TOLERANCE:g} %."
+    )
+    return [table(columns, rows.values()), caption]
 
 
 def step_cost(result: dict[str, Any]) -> str:
@@ -187,7 +246,7 @@ def rounding(result: dict[str, Any]) -> str:
     rows = [
         [
             label,
-            _mean_and_std(row["test_accuracy"], ".2f"),
+            _accuracy(row.get("test_accuracy"), row.get("diverged", 0), result["settings"]["seeds"]),
             *(f"{row[name]['mean']:.3f}" if name in row else "" for name in ("projection", "length")),
         ]
         for label, row in result["rows"].items()
@@ -315,11 +374,33 @@ def _seeds(number: int) -> str:
     return "1 seed" if number == 1 else f"{number} seeds (mean ± standard deviation)"
 
 
-def _sharpness(sharpness: dict[str, Any] | None) -> list[str]:
-    """The two cells on a method's sharpness."""
-    if not sharpness:
-        return ["", ""]
-    return [_mean_and_std(sharpness["loss_rise"], ".4f"), _mean_and_std(sharpness["top_eigenvalue"], ".1f")]
+def _panel_accuracy(panel: dict[str, Any] | None) -> str:
+    """The cell on a configuration's accuracy in a panel of the frontier."""
+    return _accuracy(panel["test_accuracy"], len(panel.get("diverged_seeds", ())), panel["seeds"]) if panel else ""
+
+
+def _accuracy(values: dict[str, float | None] | None, diverged: int, seeds: int) -> str:
+    """Accuracy over the seeds that did not diverge, and how many did."""
+    if values is None or values["mean"] is None:
+        return "diverged"
+    return _mean_and_std(values, ".2f") + (f", {diverged} of {seeds} diverged" if diverged else "")
+
+
+def _eigenvalue(found: Sequence[dict[str, Any]]) -> str:
+    """The cell on the top eigenvalue, which says how many converged if not all did."""
+    converged = sum(one["converged"] for one in found)
+    suffix = f", {converged} of {len(found)} converged" if converged < len(found) else ""
+    return _over_seeds([one["value"] for one in found]) + suffix
+
+
+def _over_seeds(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation of what was measured from each seed, to significant digits; nothing of nothing."""
+    found = mean_and_std(values)
+    if found is None:
+        return ""
+    # Rounded first, then written without an exponent where that is short.
+    parts = [f"{float(f'{value:.{digits}g}'):g}" for value in found.values() if value is not None]
+    return " ± ".join(parts)
 
 
 def _mean_and_std(values: dict[str, float | None], form: str) -> str:

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import subprocess
 import sys
 import tarfile
@@ -13,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import authors, data, kernels, models, step_cost, train
-from benchmarks.measure import Stopwatch, peak_memory, ratio, spread
+from benchmarks import authors, data, frontier, kernels, memory, models, plots, rounding, step_cost, tables, train
+from benchmarks.measure import Stopwatch, peak_memory, ratio, spread, turn
 from benchmarks.methods import (
     METHODS,
     VARIANTS,
@@ -403,19 +404,32 @@ def test_train_end_to_end(tmp_path, capsys):
     train.main([*arguments, "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     assert METHODS["esam"].label in printed
-    assert "loss rise at rho 0.05 |" in printed
+    assert "| loss rise at 0.05 |" in printed
     result = json.loads((tmp_path / "train_digits_cpu.json").read_text())
     assert list(result["methods"]) == list(METHODS)
+    assert tables.train(result) in printed
+    _, _, sharpness, about = tables.blocks(tables.train(result))
+    converged = [seed["hessian"]["converged"] for seeds in result["sharpness"]["seeds"].values() for seed in seeds]
+    assert f"{sum(converged)} of {len(converged)} converged" in about
+    assert "over 40 training images" in about
     for name, method in result["methods"].items():
         assert [len(curve) for curve in result["curves"][name]] == [2, 2]
         assert method["seeds"] == 2
         assert method["peak_memory_bytes"] > 0
         final = [curve[-1]["test_accuracy"] for curve in result["curves"][name]]
         assert method["test_accuracy_mean"] == pytest.approx(sum(final) / 2)
-        sharpness = result["sharpness"]["seeds"][name]
-        rises = [seed["gradient_rise"][result["sharpness"]["distances"].index(0.05)] for seed in sharpness]
-        assert method["sharpness"]["loss_rise"]["mean"] == pytest.approx(sum(rises) / 2)
-        assert method["sharpness"]["top_eigenvalue"]["std"] > 0
+        assert method["diverged_seeds"] == []
+        measured = result["sharpness"]["seeds"][name]
+        (row,) = [row for row in sharpness.rows if row[0] == method["label"]]
+        for column, values in (
+            ("norm of the weights", [seed["weight_norm"] for seed in measured]),
+            ("loss rise at 0.05", [seed["gradient_rise"][1] for seed in measured]),
+            ("loss rise at 0.4", [seed["gradient_rise"][4] for seed in measured]),
+            ("top eigenvalue", [seed["hessian"]["value"] for seed in measured]),
+        ):
+            shown, deviation = map(float, row[sharpness.columns.index(column)].split(" ± "))
+            assert shown == pytest.approx(sum(values) / 2, rel=0.05)
+            assert deviation == pytest.approx(abs(values[0] - values[1]) / 2**0.5, rel=0.05)
     assert result["methods"]["sgd"]["time_over_sgd"]["median"] == 1
     assert result["settings"]["rho"] == 0.05
     assert str(tmp_path) not in json.dumps(result)
@@ -432,10 +446,76 @@ def test_a_time_budget_stops_at_an_epoch_and_says_so(tmp_path, capsys):
 
 
 def test_seeds_that_were_not_finished_do_not_count_for_accuracy():
-    epochs = [{"seconds": 1.0, "test_accuracy": accuracy} for accuracy in (10.0, 90.0, 20.0)]
+    epochs = [{"seconds": 1.0, "train_loss": 0.5, "test_accuracy": accuracy} for accuracy in (10.0, 90.0, 20.0)]
     summary = train.summarize({"sgd": [epochs[:2], epochs[2:]]}, steps=10, epochs=2)["sgd"]
     assert (summary["seeds"], summary["epochs"], summary["test_accuracy_mean"]) == (1, 2, 90.0)
     assert summary["seconds_per_step"]["median"] == 0.1
+
+
+def test_seeds_that_diverged_are_listed_and_do_not_count_for_accuracy():
+    def curve(*losses):
+        return [{"seconds": 1.0, "train_loss": loss, "test_accuracy": 80.0 if loss else 10.0} for loss in losses]
+
+    curves = {"sgd": [curve(0.5, None), curve(None, 0.5)], "sam": [curve(0.5, None), curve(None, None)]}
+    summary = train.summarize(curves, steps=10, epochs=2)
+    assert (summary["sgd"]["diverged_seeds"], summary["sgd"]["test_accuracy_mean"]) == ([0], 80.0)
+    assert (summary["sam"]["diverged_seeds"], summary["sam"]["test_accuracy_mean"]) == ([0, 1], None)
+    assert summary["sgd"]["seeds"] == summary["sam"]["seeds"] == 2
+
+
+def test_a_method_that_diverges_is_shown_and_stops_no_other(tmp_path, capsys):
+    """Its rho is such that the loss at the perturbed weights is not finite, as are the rises at such distances."""
+    arguments = ["--device", "cpu", "--width", "4", "--epochs", "2", "--seeds", "2", "--sharpness-samples", "20"]
+    train.main([*arguments, "--rho", "1e38", "--optimizers", "sgd", "sam", "--output", str(tmp_path)])
+    result = json.loads((tmp_path / "train_digits_cpu.json").read_text())
+    assert [result["methods"][name]["diverged_seeds"] for name in ("sgd", "sam")] == [[], [0, 1]]
+    assert [len(result["sharpness"]["seeds"][name]) for name in ("sgd", "sam")] == [2, 0]
+    printed = capsys.readouterr().out
+    assert re.search(r"^\| SAM \(pytorch_optimizer\) \| +diverged \|", printed, re.MULTILINE)
+    assert re.search(r"^\| SGD +\|.*( +nan ± nan \|){5}$", printed, re.MULTILINE)
+    assert "SAM (pytorch_optimizer) (2 of 2 diverged)" in plots.describe_accuracy_over_time(result)
+    assert tables.summary([result])
+
+
+def test_methods_take_turns_in_the_shared_order(monkeypatch):
+    """That of ``measure.turn``, in which each follows every other equally often."""
+    order = []
+    monkeypatch.setattr(train, "METHODS", {name: METHODS[name] for name in ("sgd", "sam", "esam")})
+    names = ["sgd", "sam", "esam"]
+    args = train.parse_args(
+        ["--device", "cpu", "--width", "4", "--epochs", "6", "--seeds", "1", "--optimizers", *names]
+    )
+    args.sharpness_samples = 0
+    monkeypatch.setattr(train.Run, "train_epoch", lambda run, progress: order.append(type(run.trainer)))
+    train.train(load("digits"), args, float("inf"))
+    trainers = [METHODS[name].trainer for name in names]
+    assert order == [trainers[i] for epoch in range(6) for i in turn(3, epoch)]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (["--gamma", "2"], "gamma"),
+        (["--rho", "-1"], "rho"),
+        (["--train-samples", "3"], "--train-samples 3"),
+        (["--data-file", "nowhere"], "leave out --data-file nowhere"),
+        (["--width", "0"], "--width 0: at least 1 is needed"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_measured(tmp_path, capsys, change, complaint):
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*change, "--device", "cpu", "--output", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert complaint in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+@pytest.mark.parametrize("command", [train, frontier, rounding, memory])
+def test_a_gpu_that_is_not_there_is_said(command, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--device", "cuda", "--output", str(tmp_path)])
+    assert "--device cuda: torch finds no GPU here" in capsys.readouterr().err
 
 
 def test_bf16_rows_are_left_out_or_refused_under_amp(capsys):

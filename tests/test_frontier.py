@@ -1,6 +1,7 @@
 """A sweep that was stopped goes on where it was, compares what is comparable, and marks the Pareto front."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,13 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import data, frontier, options, plots, tables, train
+from benchmarks import data, frontier, options, plots, record, tables, train
 from benchmarks.frontier import CONFIGURATIONS, Planned, Sweep, pareto_front
-from benchmarks.journal import Journal
+from benchmarks.journal import Journal, code_fingerprint
+from benchmarks.measure import turn
 
 TINY = ["--device", "cpu", "--width", "4", "--train-samples", "200", "--epochs", "4", "--seeds", "2", "--rounds", "1"]
 THREE = ["--configurations", "sgd", "esam", "esam-interval2"]
-HERE = {"commit": "abc", "cpu": "one", "date": "today"}
+HERE = {"code": "abc", "cpu": "one", "date": "today", "commit": "1", "uncommitted_changes": False}
 CPU = torch.device("cpu")
 
 
@@ -27,6 +29,19 @@ def sweep(folder, *more, name="frontier_digits_cpu"):
     """A sweep with whatever is in the folder's journal."""
     args = frontier.parse_args([*TINY, *THREE, *more, "--output", str(folder)])
     return Sweep(options.training_images(args), args, Journal(folder / f"{name}.jsonl", HERE))
+
+
+def timed(costs):
+    """A calibration: the seconds of a configuration's step, of which SGD's takes one."""
+    steps = {name: {"seconds_per_step": {"median": x}, "time_over_sgd": {"median": x}} for name, x in costs.items()}
+    return {"steps": steps, "seconds_besides": 0.0}
+
+
+def fake_run(accuracy=90.0, seconds=1.0, besides=0.0, diverged=False):
+    """What the journal keeps of a run."""
+    loss = None if diverged else 0.5
+    kept = {"test_accuracy": accuracy, "train_loss": loss, "diverged": diverged, "sharpness": None}
+    return kept | {"seconds": seconds, "seconds_besides": besides}
 
 
 def untimed(results):
@@ -41,10 +56,20 @@ def untimed(results):
 # Stopping and going on.
 
 
-def test_a_sweep_that_is_killed_goes_on_to_the_same_result(tmp_path):
-    """SIGKILL leaves nothing a chance to tidy up. Both sweeps have the killed one's calibration."""
-    arguments = [*TINY, *THREE, "--epochs", "30", "--output", str(tmp_path / "killed")]
-    code = f"from benchmarks import frontier; frontier.main({arguments})"
+def test_a_sweep_that_is_killed_goes_on_to_the_same_result(tmp_path, monkeypatch):
+    """SIGKILL leaves nothing a chance to tidy up. Both sweeps have the killed one's calibration.
+
+    All have one environment, whatever happens to the checkout meanwhile.
+    """
+    here = frontier.environment()
+    monkeypatch.setattr(frontier, "environment", lambda: here)
+    monkeypatch.setattr(frontier, "code_fingerprint", lambda *_: "abc")
+    shared = [*TINY, *THREE, "--epochs", "30", "--sharpness-samples", "20"]
+    arguments = [*shared, "--output", str(tmp_path / "killed")]
+    code = (
+        "from benchmarks import frontier; frontier.code_fingerprint = lambda *_: 'abc'; "
+        f"frontier.environment = lambda: {here}; frontier.main({arguments})"
+    )
     journal = tmp_path / "killed/frontier_digits_cpu.jsonl"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -69,10 +94,11 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_result(tmp_path):
     (tmp_path / "whole/frontier_digits_cpu.jsonl").write_text("".join(line + "\n" for line in kept[:2]))
     results = []
     for folder in ("killed", "whole"):
-        frontier.main([*arguments[:-1], str(tmp_path / folder)])
+        frontier.main([*shared, "--output", str(tmp_path / folder)])
         results.append(json.loads((tmp_path / folder / "frontier_digits_cpu.json").read_text()))
     assert results[0]["runs"]["finished"] == results[0]["runs"]["planned"] <= planned
     assert untimed(results[0]["configurations"]) == untimed(results[1]["configurations"])
+    assert all(run["sharpness"] for row in results[0]["configurations"].values() for run in row["equal_time"]["runs"])
     # What was finished before was not made again.
     assert journal.read_text().splitlines()[: len(kept)] == kept
 
@@ -95,10 +121,40 @@ def test_a_line_torn_by_a_kill_is_dropped_and_its_part_made_again(tmp_path):
 def test_another_environment_is_refused_unless_begun_anew(tmp_path):
     path = tmp_path / "journal.jsonl"
     Journal(path, HERE).add({"seed": 0}, 1.5)
-    with pytest.raises(ValueError, match="commit = 'abc', which is 'def' now: give --restart"):
-        Journal(path, {**HERE, "commit": "def"})
-    assert Journal(path, HERE).get({"seed": 0}) == 1.5
-    assert Journal(path, {**HERE, "commit": "def"}, restart=True).get({"seed": 0}) is None
+    with pytest.raises(ValueError, match="code = 'abc', which is 'def' now: give --restart"):
+        Journal(path, {**HERE, "code": "def"})
+    assert Journal(path, {**HERE, "commit": "2", "uncommitted_changes": True}).get({"seed": 0}) == 1.5
+    assert Journal(path, {**HERE, "code": "def"}, restart=True).get({"seed": 0}) is None
+
+
+def test_the_fingerprint_is_of_all_code_and_of_nothing_else(tmp_path):
+    def write(name, content):
+        path = tmp_path / "package" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+        return code_fingerprint(tmp_path / "package")
+
+    prints = [write("a.py", "1"), write("deep/b.py", "2"), write("a.py", "3"), write("library.so", "4")]
+    assert len(set(prints)) == 4
+    assert write("notes.md", "5") == prints[-1]
+    assert write("a.py", "1") not in prints  # with the other files it is another one
+    assert write("a.py", "3") == prints[-1]
+
+
+def test_edited_code_does_not_go_on_with_old_runs_and_says_how_to_begin_anew(tmp_path, monkeypatch, capsys):
+    """No commit is needed for it, nor git: only sources count."""
+    seen = []
+    monkeypatch.setattr(frontier, "code_fingerprint", lambda *packages: seen.append(packages) or str(len(seen)))
+    arguments = [*TINY, *THREE, "--time-budget", "0", "--output", str(tmp_path)]
+    frontier.main(arguments)
+    with pytest.raises(SystemExit) as stopped:
+        frontier.main(arguments)
+    assert stopped.value.code == 2
+    assert "code = '1', which is '2' now: give --restart" in capsys.readouterr().err
+    frontier.main([*arguments, "--restart"])
+    names = [{path.name for path in packages} for packages in seen]
+    assert names == [{"esam_kernels", "benchmarks"}] * 3
+    assert all((path / "__init__.py").exists() for path in seen[0])
 
 
 def test_what_is_no_journal_is_refused_and_left_alone(tmp_path):
@@ -111,11 +167,17 @@ def test_what_is_no_journal_is_refused_and_left_alone(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [["--lr", "0.2"], ["--rho", "0.3"], ["--width", "5"], ["--label-noise", "0.1"], ["--train-samples", "199"]],
+    [
+        ["--lr", "0.2"],
+        ["--rho", "0.3"],
+        ["--width", "5"],
+        ["--label-noise", "0.1"],
+        ["--train-samples", "199"],
+        ["--sharpness-samples", "9"],
+    ],
 )
 def test_a_changed_setting_is_a_run_of_its_own(tmp_path, monkeypatch, change):
-    timed = {"seconds_per_step": {"median": 0.01}, "time_over_sgd": {"median": 2.0}}
-    monkeypatch.setattr(frontier, "calibrate", lambda images, args: dict.fromkeys(args.configurations, timed))
+    monkeypatch.setattr(frontier, "calibrate", lambda images, args: timed(dict.fromkeys(args.configurations, 2.0)))
     first, run = sweep(tmp_path), Planned("esam", 0, 4)
     first.journal.add(first._run_key(run), {"test_accuracy": 1.0})
     assert sweep(tmp_path).result(run) == {"test_accuracy": 1.0}
@@ -133,10 +195,7 @@ def test_a_changed_setting_is_a_run_of_its_own(tmp_path, monkeypatch, change):
 def planned(tmp_path, monkeypatch):
     """A sweep in which a step of ESAM takes twice SGD's time, and every second one 1.5 times."""
     costs = {"sgd": 1.0, "esam": 2.0, "esam-interval2": 1.5}
-    timed = {
-        name: {"seconds_per_step": {"median": cost}, "time_over_sgd": {"median": cost}} for name, cost in costs.items()
-    }
-    monkeypatch.setattr(frontier, "calibrate", lambda images, args: timed)
+    monkeypatch.setattr(frontier, "calibrate", lambda images, args: timed(costs))
     return sweep(tmp_path, "--epochs", "12")
 
 
@@ -146,8 +205,7 @@ def test_epochs_are_equal_or_take_sgds_time_and_seeds_stay_balanced(planned):
 
 
 def test_early_stopping_costs_its_share_of_the_epochs(tmp_path, monkeypatch):
-    timed = {"seconds_per_step": {"median": 1.0}, "time_over_sgd": {"median": 1.0}}
-    monkeypatch.setattr(frontier, "calibrate", lambda images, args: dict.fromkeys(args.configurations, timed))
+    monkeypatch.setattr(frontier, "calibrate", lambda images, args: timed(dict.fromkeys(args.configurations, 1.0)))
     short = sweep(tmp_path, "--epochs", "10", "--seeds", "1", "--configurations", "sgd", "sgd-short")
     assert short.plan() == [Planned("sgd", 0, 10), Planned("sgd-short", 0, 2)]
     assert frontier.summarize(short)["configurations"]["sgd-short"]["training_time_over_sgd"] == 0.2
@@ -156,8 +214,7 @@ def test_early_stopping_costs_its_share_of_the_epochs(tmp_path, monkeypatch):
 def test_only_seeds_that_all_have_finished_count(planned):
     def finish(runs):
         for run in runs:
-            value = {"test_accuracy": 90.0 + run.seed, "seconds": run.epochs, "sharpness": None}
-            planned.journal.add(planned._run_key(run), value)
+            planned.journal.add(planned._run_key(run), fake_run(90.0 + run.seed))
 
     plan = planned.plan()
     finish(plan[:2])  # of the first seed at equal epochs one is missing
@@ -173,29 +230,97 @@ def test_only_seeds_that_all_have_finished_count(planned):
         dict.fromkeys(rows, (2, 1))
     )
     assert rows["esam"]["equal_epochs"]["test_accuracy"]["mean"] == 90.5
+    assert not any("on_front" in row["equal_epochs"] for row in rows.values())
+    finish(plan[9:])
+    rows = frontier.summarize(planned)["configurations"]
+    assert {name: row["equal_epochs"]["on_front"] for name, row in rows.items()} == {
+        "sgd": True,
+        "esam": False,
+        "esam-interval2": False,
+    }
+
+
+def test_a_run_is_expected_to_be_like_the_slowest_so_far(planned):
+    """Its steps by a factor, and what comes besides as it is: what a short run has besides makes no long one longer."""
+    sgd, esam = Planned("sgd", 0, 12), Planned("esam", 0, 12)
+    steps = planned.steps * 12  # seconds of SGD's by the calibration; ESAM's are twice those
+    planned.calibration["seconds_besides"] = 3.0
+    assert planned.expected_seconds(esam) == pytest.approx(1.2 * 2 * steps + 3)
+    planned.journal.add(planned._run_key(sgd), fake_run(seconds=1.1 * steps, besides=50.0))
+    assert planned.expected_seconds(esam) == pytest.approx(1.2 * 2 * steps + 50)
+    planned.journal.add(planned._run_key(esam), fake_run(seconds=3 * steps, besides=10.0))
+    assert planned.expected_seconds(sgd._replace(seed=1)) == pytest.approx(1.5 * steps + 50)
 
 
 def test_no_run_is_begun_that_would_not_end_in_time(planned, monkeypatch):
-    trained = []
-    monkeypatch.setattr(planned, "_train", lambda run, progress: trained.append(run))
-    now = [0.0]
+    trained, now = [], [0.0]
+
+    def train_it(run, progress):
+        trained.append(run.configuration)
+        now[0] += seconds
+        return fake_run(seconds=seconds, besides=0.0)
+
+    monkeypatch.setattr(planned, "_train", train_it)
     monkeypatch.setattr(frontier, "perf_counter", lambda: now[0])
-    first = planned.plan()[0].epochs * planned.steps * 1.0  # its seconds, by the calibration
-    planned.run(deadline=1.19 * first)
+    first, second, *_ = planned.plan()
+    seconds = planned.expected_seconds(first) / 1.2  # as calibrated
+    planned.run(deadline=planned.expected_seconds(first) - 0.01)
     assert trained == []
-    planned.run(deadline=1.21 * first)
-    assert [run.configuration for run in trained] == ["sgd"]
+    planned.run(deadline=seconds + planned.expected_seconds(second) - 0.01)
+    assert trained == ["sgd"]
+    planned.run(deadline=now[0] + planned.expected_seconds(second))
+    assert trained == ["sgd", "esam"]
+
+
+def test_configurations_take_turns_in_the_shared_order(tmp_path, monkeypatch):
+    """That of ``measure.turn``, in which each follows every other equally often."""
+    args = frontier.parse_args([*TINY, *THREE, "--rounds", "5", "--output", str(tmp_path)])
+    order, make = [], train.Run
+
+    def spied(name, settings, *rest):
+        run = make(name, settings, *rest)
+        run.stopwatch.mark = lambda mark=run.stopwatch.mark: order.append((name, settings.interval)) or mark()
+        return run
+
+    monkeypatch.setattr(frontier, "Run", spied)
+    frontier.calibrate(options.training_images(args), args)
+    kinds = [("sgd", 1), ("esam", 1), ("esam", 2)]
+    assert order[::2] == order[1::2] == [kinds[i] for number in range(6) for i in turn(3, number)]
+
+
+def test_what_a_run_needs_besides_its_steps_is_measured_before_the_first(tmp_path, monkeypatch):
+    args = frontier.parse_args([*TINY, "--configurations", "sgd", "--output", str(tmp_path)])
+    images = options.training_images(args)
+    done = []
+    monkeypatch.setattr(train.Run, "accuracy", lambda run: done.append("accuracy"))
+    monkeypatch.setattr(train.Run, "sharpness", lambda run: done.append("sharpness") or time.sleep(0.05))
+    assert frontier.calibrate(images, args)["seconds_besides"] >= 0.05
+    assert done == ["accuracy", "sharpness"]
+
+
+def test_what_says_most_comes_first(capsys):
+    """A budget that ends early has SGD, SAM, ESAM and the controls of its choice; CIFAR-10 has each option once."""
+    assert list(CONFIGURATIONS)[:5] == ["sgd", "sam", "esam", "esam-random", "esam-loss"]
+    on_cifar10 = frontier.parse_args(["--data", "cifar10"]).configurations
+    assert on_cifar10[:5] == list(CONFIGURATIONS)[:5]
+    changed = {key for name in on_cifar10 for key in CONFIGURATIONS[name].changes} | {
+        CONFIGURATIONS[name].method for name in on_cifar10
+    }
+    assert changed == {"beta", "gamma", "interval", "granularity", "selection", "sgd", "sam", "esam", "esam-bf16"}
+    assert frontier.parse_args(["--data", "cifar10", "--configurations", "sgd", "esam-beta1"]).configurations == [
+        "sgd",
+        "esam-beta1",
+    ]
 
 
 def test_configurations_that_the_options_make_the_same_share_their_runs(tmp_path, monkeypatch):
-    timed = {"seconds_per_step": {"median": 1.0}, "time_over_sgd": {"median": 1.0}}
-    monkeypatch.setattr(frontier, "calibrate", lambda images, args: dict.fromkeys(args.configurations, timed))
+    monkeypatch.setattr(frontier, "calibrate", lambda images, args: timed(dict.fromkeys(args.configurations, 1.0)))
     same = sweep(tmp_path, "--seeds", "1", "--beta", "1", "--configurations", "sgd", "esam", "esam-beta1")
     trained = []
-    monkeypatch.setattr(same, "_train", lambda run, progress: trained.append(run.configuration) or {"seconds": 1.0})
-    same.run(float("inf"))
+    monkeypatch.setattr(same, "_train", lambda run, progress: trained.append(run.configuration) or fake_run())
+    same.run(math.inf)
     assert trained == ["sgd", "esam"]
-    assert same.result(Planned("esam-beta1", 0, 4)) == {"seconds": 1.0}
+    assert same.result(Planned("esam-beta1", 0, 4)) == fake_run()
 
 
 def test_every_configuration_trains_as_it_says(tmp_path):
@@ -275,14 +400,32 @@ def test_label_noise_makes_its_share_of_the_training_labels_wrong():
 def test_a_stopped_sweep_shows_what_it_has_and_goes_on(tmp_path, capsys):
     arguments = [*TINY, *THREE, "--seeds", "1", "--sharpness-samples", "20", "--output", str(tmp_path)]
     frontier.main([*arguments, "--time-budget", "0"])
-    assert "Stopped after 0 of 5 runs." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Stopped after 0 of 5 runs: there is no Pareto front yet." in printed
+    assert "| Pareto front |" not in printed
+    assert "Run the same command again until it is finished: 0 of 5 runs done." in printed
+    assert "nothing yet" in plots.describe_frontier(json.loads((tmp_path / "frontier_digits_cpu.json").read_text()))
     frontier.main(arguments)
     printed = capsys.readouterr().out
     assert "Stopped" not in printed
+    assert "again" not in printed
     assert "| ESAM, every 2nd step |" in printed
-    assert "top eigenvalue" in printed
+    assert "3 configurations were tried" in printed
     result = json.loads((tmp_path / "frontier_digits_cpu.json").read_text())
     assert tables.frontier(result) in printed
+    _, _, sharpness, about = tables.blocks(tables.frontier(result))
+    assert sharpness.columns[3:8] == [f"loss rise at {distance}" for distance in (0.1, 0.2, 0.4, 0.8, 1.6)]
+    assert sharpness.columns[-2:] == ["in SGD's time: top eigenvalue", "in SGD's time: loss rise at 0.2"]
+    runs = [row[panel]["runs"][0] for row in result["configurations"].values() for panel in tables.PANELS]
+    eigenvalue = float(sharpness.rows[1][2].partition(",")[0])
+    assert eigenvalue == pytest.approx(runs[2]["sharpness"]["hessian"]["value"], rel=0.05)
+    assert float(sharpness.rows[1][9]) == pytest.approx(runs[3]["sharpness"]["gradient_rise"][1], rel=0.05)
+    converged = sum(run["sharpness"]["hessian"]["converged"] for run in runs[1:])
+    assert f"{converged} of 5 converged" in about  # SGD's run is in both panels
+    assert "straight up the gradient" in about
+    frontier.main([*arguments, "--time-budget", "0", "--restart"])
+    assert "Run the same command without --restart again until" in capsys.readouterr().out
+    frontier.main(arguments)
     assert result["configurations"]["sgd"]["training_time_over_sgd"] == 1
     assert result["data"] == "200 images of scikit-learn digits, 20 % of the training labels wrong"
     assert any(row["equal_epochs"]["on_front"] for row in result["configurations"].values())
@@ -297,12 +440,68 @@ def test_configurations_without_sgd_or_bf16_under_amp_are_refused_or_left_out(ca
     assert len(frontier.parse_args(["--quick"]).configurations) < len(frontier.parse_args([]).configurations)
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (["--beta", "0"], "beta"),
+        (["--batch-size", "5000"], "--batch-size 5000 is more than the"),
+        (["--batch-size", "0"], "--batch-size 0: at least 1 is needed"),
+        (["--label-noise", "2"], "--label-noise 2.0: a share in [0, 1] is needed"),
+        (["--data", "cifar10"], "--data cifar10 needs --data-file"),
+        (["--model", "vit_s", "--width", "200"], "width 200 cannot be shared"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused_before_anything_is_measured(tmp_path, capsys, change, complaint):
+    with pytest.raises(SystemExit) as stopped:
+        frontier.main(["--configurations", "sgd", "esam", *change, "--device", "cpu", "--output", str(tmp_path)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "usage:" in error
+    assert complaint in error
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_plots_of_equal_results_are_equal(tmp_path, planned):
     for run in planned.plan():
-        value = {"test_accuracy": 50.0 if run.configuration == "esam" else 90.0, "seconds": 1.0, "sharpness": None}
-        planned.journal.add(planned._run_key(run), value)
+        planned.journal.add(planned._run_key(run), fake_run(50.0 if run.configuration == "esam" else 90.0))
     settings = {"model": "small"}
     result = {"data": "digits", "settings": settings} | frontier.summarize(planned)
     for name in ("one", "other"):
         plots.frontier(result, tmp_path / f"{name}.svg")
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "other.svg").read_bytes()
+
+
+# Training that diverges.
+
+
+def test_a_diverged_run_is_shown_and_has_no_part_in_means_or_front(tmp_path, planned):
+    """ESAM diverges from one seed, every second step of it from both."""
+    for run in planned.plan():
+        diverged = run.configuration == "esam-interval2" or (run.configuration, run.seed) == ("esam", 1)
+        accuracy = {"sgd": 90.0, "esam": 95.0 - 80 * run.seed, "esam-interval2": 99.0}[run.configuration]
+        planned.journal.add(planned._run_key(run), fake_run(accuracy, diverged=diverged))
+    result = record.header("frontier", "digits", planned.args) | frontier.summarize(planned)
+    rows = result["configurations"]
+    assert [rows[name]["equal_epochs"]["diverged_seeds"] for name in rows] == [[], [1], [0, 1]]
+    assert [rows[name]["equal_epochs"]["on_front"] for name in rows] == [True, False, False]
+    table, caption = tables.blocks(tables.frontier(result))
+    assert [row[2] for row in table.rows] == ["90.00 ± 0.00", "95.00, 1 of 2 diverged", "diverged"]
+    assert "Seeds that diverged have no part" in caption
+    assert "From some seeds diverged: ESAM, ESAM, every 2nd step." in plots.describe_frontier(result)
+    with plots.mpl.rc_context({"svg.fonttype": "none"}):
+        plots.frontier(result, tmp_path / "plot.svg")
+    assert "ESAM, every 2nd step (2 of 2 diverged)" in (tmp_path / "plot.svg").read_text()
+
+
+def test_a_sweep_goes_on_beyond_training_that_diverges(tmp_path, capsys):
+    """At this learning rate the loss is not finite; accuracy and sharpness of what is left would say nothing."""
+    frontier.main([*TINY, *THREE, "--seeds", "1", "--lr", "1e30", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "frontier_digits_cpu.json").read_text())
+    assert result["runs"]["finished"] == result["runs"]["planned"]
+    for row in result["configurations"].values():
+        (run,) = row["equal_epochs"]["runs"]
+        assert (run["train_loss"], run["diverged"], run["sharpness"]) == (None, True, None)
+        assert row["equal_epochs"]["test_accuracy"] is None
+    assert printed.count("diverged") >= 6
+    assert "nan" not in printed

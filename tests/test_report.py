@@ -1,5 +1,6 @@
 """The report shows every result, needs nothing from elsewhere, and is the same whenever the results are."""
 
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -65,17 +66,17 @@ class Page(HTMLParser):
 
 
 def test_the_page_loads_nothing_and_its_links_lead_somewhere(results):
-    html = report.as_page(results)
-    page = Page(html)
+    source = report.as_page(results)
+    page = Page(source)
     assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.elements}
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     references = [a[name] for _, a in page.elements for name in ("href", "src", "xlink:href") if name in a]
-    references += re.findall(r"url\((.*?)\)", html)
+    references += re.findall(r"url\((.*?)\)", source)
     assert {"#train_digits_cpu", "#memory_cpu"} <= set(references)
     assert all(reference.startswith("#") and reference[1:] in ids for reference in references)
-    assert "@import" not in html
-    assert len(html) < 500_000
+    assert "@import" not in source
+    assert len(source) < 500_000
 
 
 def test_the_page_shows_every_result_with_its_tables_plots_and_settings(results):
@@ -114,6 +115,77 @@ def test_the_markdown_shows_every_result_and_its_plots(folder, results):
     assert all((folder / plot).stat().st_size > 1_000 for plot in plots)
 
 
+def test_every_plot_says_what_is_seen_in_it(results):
+    """Alike in both forms: the numbers of the result itself, and no text that would do for any result."""
+    spoken = [attributes["aria-label"] for tag, attributes in Page(report.as_page(results)).elements if tag == "svg"]
+    written = re.findall(r"!\[(.*?)\]\(", report.as_markdown(results))
+    assert spoken == [html.unescape(text) for text in written]
+    cost, time, sharpness, frontier = spoken
+    trained, swept = results["train_digits_cpu"], results["frontier_digits_cpu"]
+    for method in trained["methods"].values():
+        accuracy = f"{method['label']} {method['test_accuracy_mean']:.2f} %"
+        assert f"{accuracy} at {method['time_over_sgd']['median']:.3g} times SGD's time" in cost
+        assert f"{accuracy} after " in time
+    seeds = trained["sharpness"]["seeds"]["esam"]
+    rise = sum(seed["gradient_rise"][-1] for seed in seeds) / len(seeds)
+    assert f"{trained['methods']['esam']['label']} {rise:.3g}" in sharpness
+    for one in swept["configurations"].values():
+        point = f"{one['label']} ({one['equal_epochs']['test_accuracy']['mean']:.2f} % at "
+        assert (point in frontier.partition("Pareto front: ")[2].partition(". At")[0]) == one["equal_epochs"][
+            "on_front"
+        ]
+
+
+def test_an_eigenvalue_that_did_not_converge_is_marked(results):
+    result = results["train_digits_cpu"]
+    for seed, value, converged in zip(result["sharpness"]["seeds"]["esam"], (100.0, 300.0), (True, False), strict=True):
+        seed["hessian"] |= {"value": value, "converged": converged}
+    _, _, sharpness, about = tables.blocks(tables.train(result))
+    row = next(row for row in sharpness.rows if row[0] == result["methods"]["esam"]["label"])
+    assert row[sharpness.columns.index("top eigenvalue")] == "200 ± 140, 1 of 2 converged"
+    others = [seed for name in ("sgd", "sam") for seed in result["sharpness"]["seeds"][name]]
+    assert f"{1 + sum(seed['hessian']['converged'] for seed in others)} of 6 converged" in about
+
+
+def test_brackets_do_not_end_the_text_of_a_plot(results):
+    results["train_digits_cpu"]["methods"]["esam"]["label"] = "ESAM](x) ["
+    markdown = report.as_markdown(results)
+    assert re.search(r"!\[Test accuracy [^][]*?ESAM\\\]\(x\) \\\[[^][]*\]\(train_digits_cpu_cost\.svg\)", markdown)
+
+
+def test_results_without_sharpness_or_divergence_are_shown_too(results):
+    """As they were before these were measured."""
+    old = results["frontier_digits_cpu"]
+    for one in old["configurations"].values():
+        for panel in tables.PANELS:
+            del one[panel]["diverged_seeds"]
+            for run in one[panel]["runs"]:
+                run["sharpness"] = None
+                del run["diverged"]
+    del old["sharpness"]
+    table, _ = tables.blocks(tables.frontier(old))
+    assert len(table.rows) == 2
+    assert "Test accuracy over training time" in report.as_markdown(results)
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ({}, "no results are there"),
+        ({"x.json": '{"benchmark": "guesses"}'}, "x.json names 'guesses'"),
+        ({"x.json": "{"}, "Expecting property name"),
+    ],
+)
+def test_a_folder_that_cannot_be_shown_is_refused(tmp_path, capsys, files, complaint):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        report.main(["--results", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert complaint in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == set(files)
+
+
 def test_the_report_is_made_of_the_results_alone(folder):
     def written():
         report.main(["--results", str(folder)])
@@ -137,7 +209,7 @@ def test_nothing_that_a_result_says_becomes_markup(results):
     markdown = report.as_markdown(results)
     assert "<img" not in re.sub("`.*?`", "", markdown)  # in code nothing is markup
     rows = [line for line in markdown.splitlines() if line.startswith("| &lt;img")]
-    assert len(rows) == 3  # a method, and two lines of the summary
+    assert len(rows) == 4  # a method in two tables, and two lines of the summary
     assert all(r"&amp; \| a" in row for row in rows)
 
 

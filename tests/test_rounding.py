@@ -63,6 +63,27 @@ def test_end_to_end(tmp_path, capsys):
     assert all(label in printed for label in result["rows"])
 
 
+def test_training_that_diverges_is_shown_and_has_no_part_in_means(tmp_path, capsys):
+    arguments = ["--width", "8", "--epochs", "1", "--seeds", "1", "--rho", "0.1", "--device", "cpu"]
+    rounding.main([*arguments, "--lr", "1e30", "--output", str(tmp_path)])
+    result = json.loads((tmp_path / "rounding_cpu.json").read_text())
+    assert all(row == {"diverged": 1} for row in result["rows"].values())
+    assert capsys.readouterr().out.count(" diverged |") == len(result["rows"])
+    one = {"test_accuracy": 90.0}
+    assert rounding.summarize([None, one, one]) == {"diverged": 1, "test_accuracy": {"mean": 90.0, "std": 0.0}}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [(["--beta", "0"], "beta"), (["--batch-size", "1001"], "--batch-size 1001"), (["--lr", "-1"], "learning rate")],
+)
+def test_what_cannot_be_trained_is_refused(tmp_path, capsys, change, complaint):
+    with pytest.raises(SystemExit) as stopped:
+        rounding.main([*change, "--device", "cpu", "--output", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
 def test_sgd_is_trained_on_the_weights_of_the_row(monkeypatch):
     seen = []
     monkeypatch.setattr(

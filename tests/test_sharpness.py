@@ -41,6 +41,14 @@ def test_the_top_eigenvalue_is_the_largest_not_the_one_of_largest_size(curvature
     assert found.value == pytest.approx(top, abs=1e-6)
 
 
+def test_convergence_is_judged_by_the_eigenvalue_and_not_by_the_shift():
+    """The lowest eigenvalue is a hundred times the top one: beside the shift by it, any residual looks small."""
+    for cap, converged in ((60, False), (3000, True)):
+        found = sharpness.top_eigenvalue(quadratic([-200.0, 2.0, -1.0], [1.0, 1.0, 1.0]), generator(), 0.05, cap)
+        assert found.converged == converged
+        assert converged == (found.value == pytest.approx(2.0, rel=0.05))
+
+
 def test_a_cap_on_the_iterations_is_said():
     found = sharpness.top_eigenvalue(quadratic([1.0, 0.99, 0.9], [1.0, 1.0, 1.0]), generator(), 1e-9, 3)
     assert (found.converged, found.iterations) == (False, 3)
@@ -111,6 +119,29 @@ def test_measuring_leaves_the_network_as_it_was(network):
     assert all(param.grad is None for param in model.parameters())
     # Dropout has no say in it.
     assert sharpness.measure(Landscape(model, batches), [0.1, 1000.0], generator()) == first
+
+
+@pytest.mark.parametrize(("matmul", "convolution"), [("high", True), ("medium", False), ("highest", True)])
+def test_sharpness_is_measured_without_tf32_which_is_as_before_afterwards(network, matmul, convolution):
+    model, *_, batches = network
+
+    def state():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before, seen = state(), set()
+    model.register_forward_pre_hook(lambda *_: seen.add(state()))
+    try:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
+        sharpness.measure(Landscape(model, batches), [0.1], generator())
+        assert seen == {("highest", False)}
+        assert state() == (matmul, convolution)
+        with pytest.raises(ZeroDivisionError), Landscape(model, batches).measuring():
+            raise ZeroDivisionError
+        assert state() == (matmul, convolution)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def test_an_exception_at_displaced_weights_puts_them_back(network):
