@@ -148,7 +148,7 @@ def ascend(
 def perturb(weights: list[nn.Parameter], grads: Sequence[Tensor], backups: list[Tensor], settings: Settings) -> None:
     """Move the drawn weights uphill."""
     coefficients = [settings.rho / settings.beta] * len(weights)
-    ops.perturb_(weights, grads, backups, coefficients, ops.squared_norm(weights, grads).sqrt())
+    ops.perturb_(weights, grads, backups, coefficients)
 
 
 @torch.no_grad()
