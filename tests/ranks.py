@@ -9,8 +9,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+
+needs_fsdp2 = pytest.mark.skipif(torch.__version__ < (2, 13), reason="ESAM supports FSDP2 from torch 2.13 on")
 
 
 def device() -> str:

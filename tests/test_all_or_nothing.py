@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from ranks import needs_fsdp2
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -180,18 +180,21 @@ def test_an_exception_at_any_line(name: str) -> None:
     check_every_place(SETUPS[name], plant, PlantedError)
 
 
-@pytest.fixture
-def one_rank(tmp_path: pathlib.Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
+@needs_fsdp2
 @pytest.mark.usefixtures("one_rank")
 def test_an_exception_at_any_line_of_a_sharded_step() -> None:
     check_every_place({"sharded": True}, plant, PlantedError)
 
 
+@pytest.fixture
+def ctrl_c_raises() -> Iterator[None]:
+    """A shell without job control starts what is to run in the background with SIGINT ignored, also this suite."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("ctrl_c_raises")
 @pytest.mark.parametrize("name", ["esam", "base step"])
 def test_ctrl_c_at_any_line(name: str) -> None:
     check_every_place(SETUPS[name], lambda: signal.raise_signal(signal.SIGINT), KeyboardInterrupt)
@@ -208,6 +211,36 @@ def test_sigterm_at_any_line_with_a_handler_that_raises() -> None:
         signal.signal(signal.SIGTERM, previous)
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_is_ignored_is_ignored_in_a_step(signum: int) -> None:
+    expected = Setup()
+    expected.step()
+    previous = signal.signal(signum, signal.SIG_IGN)
+    try:
+        setup = Setup()
+        setup.before_call = lambda: signal.raise_signal(signum)
+        at_lines(lambda line: signal.raise_signal(signum), setup.step)
+        assert signal.getsignal(signum) is signal.SIG_IGN
+    finally:
+        signal.signal(signum, previous)
+    assert_same(setup.model.state_dict(), expected.model.state_dict())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_without_a_handler_ends_the_process_in_a_step(signum: int) -> None:
+    """The system's own action: there is no exception to hold back, and no process to put anything back in."""
+    previous = signal.signal(signum, signal.SIG_DFL)
+    try:
+        setup = Setup()
+        seen = []
+        setup.before_call = lambda: seen.append(signal.getsignal(signum))
+        at_lines(lambda line: seen.append(signal.getsignal(signum)), setup.step)
+    finally:
+        signal.signal(signum, previous)
+    assert set(seen) == {signal.SIG_DFL}
+
+
+@pytest.mark.usefixtures("ctrl_c_raises")
 def test_a_second_ctrl_c_while_the_first_is_undone() -> None:
     """The first lands in the last call of the closure, the second at any line after it."""
     setup = Setup()

@@ -3,6 +3,7 @@
 The truth is ESAM itself on one process without sharding, whose micro-batches are those of all the ranks.
 """
 
+import copy
 import os
 import signal
 import tempfile
@@ -14,18 +15,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from networks import batches, cross_entropy, same
-from ranks import device
+from ranks import device, needs_fsdp2
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.torch_version import TorchVersion
 
 from esam_kernels import ESAM, batch_closure
 from esam_kernels.engines import ShardedModules
 from esam_kernels.weight_mask import draw_tensors
-
-pytestmark = pytest.mark.skipif(torch.__version__ < (2, 13), reason="needs torch 2.13")
 
 STEPS = 5
 SEED = 5
@@ -185,15 +185,34 @@ def gradients_computed(rank, beta):
 
 
 class WithUnused(nn.Module):
-    """More parameters than are used, so that often no drawn one is."""
+    """More parameters than are used, so that often no drawn one is; with a trunk, the root has some of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, trunk: bool) -> None:
         super().__init__()
         self.heads = nn.ModuleList(network() for _ in range(2))
+        self.trunk = nn.Linear(4, 4).to(device(), torch.float64) if trunk else nn.Identity()
         self.head = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.heads[self.head](x)
+        return self.heads[self.head](self.trunk(x))
+
+
+# How a model of several heads is sharded: as a whole, or with modules in it by themselves.
+NESTING = {
+    "one module": (False, lambda model: []),
+    "heads": (False, lambda model: model.heads),
+    "heads and a trunk": (True, lambda model: model.heads),
+    "layers of heads": (True, lambda model: [layer for head in model.heads for layer in (head[0], head[4], head)]),
+}
+
+
+def unsharded_and_sharded(nesting: str) -> tuple[WithUnused, WithUnused]:
+    trunk, inner = NESTING[nesting]
+    expected = WithUnused(trunk)
+    model = copy.deepcopy(expected)
+    for module in inner(model):
+        fully_shard(module)
+    return expected, fully_shard(model)
 
 
 def with_head(closure, head: int):
@@ -205,9 +224,9 @@ def with_head(closure, head: int):
     return call
 
 
-def unused(rank):
+def unused(rank, nesting):
     """A head for each micro-batch, of which often one has no drawn parameter, or both have none."""
-    expected, model = WithUnused(), fully_shard(WithUnused())
+    expected, model = unsharded_and_sharded(nesting)
     alone, together = (optimizer_of(one, beta=0.05) for one in (expected, model))
 
     for step in range(8):
@@ -219,11 +238,12 @@ def unused(rank):
     return whole(model), plain(expected)
 
 
-def used_early(rank):
+def used_early(rank, nesting):
     """The one drawn parameter is used in the first micro-batch alone."""
-    expected, model = WithUnused(), fully_shard(WithUnused())
-    params = range(len(list(model.parameters())))
-    step = next(step for step in range(99) if draw_tensors(params, 1e-9, SEED, step)[0] < len(params) // 2)
+    expected, model = unsharded_and_sharded(nesting)
+    params = [name for name, _ in model.named_parameters()]
+    draws = [params[draw_tensors(range(len(params)), 1e-9, SEED, step)[0]] for step in range(99)]
+    step = next(step for step, name in enumerate(draws) if name.startswith("heads.0."))
     gradients = []
     for one, closures in (
         (model, closures_of(model, rank, [6, 6], 0)),
@@ -400,14 +420,14 @@ SCENARIOS = {
         for dtype in (torch.float64, torch.float32, torch.bfloat16)
     },
     **{f"gradients computed, {beta}": (gradients_computed, {"beta": beta}) for beta in (0.1, 0.5)},
-    "unused": (unused, {}),
+    **{f"unused, {nesting}": (unused, {"nesting": nesting}) for nesting in NESTING},
     "failure, one batch": (failure, {"sizes": [12]}),
     "failure, micro-batches": (failure, {"sizes": [4, 8]}),
     "failure, gradients reduced in float32": (
         failure,
         {"sizes": [4, 8], "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)},
     ),
-    "used early": (used_early, {}),
+    **{f"used early, {nesting}": (used_early, {"nesting": nesting}) for nesting in NESTING},
     "evaluation before": (evaluation_before, {}),
     **{f"overflow in pass {when}": (overflow, {"when": when}) for when in (1, 3)},
     **{
@@ -422,7 +442,11 @@ SCENARIOS = {
 EARLY_1 = {"killed": (a_killed_rank, {"when": 1})}
 EARLY_2 = {"killed": (a_killed_rank, {"when": 2})}
 
-WORLDS = [("gloo", 2), ("gloo", 3), pytest.param(("nccl", 3), marks=pytest.mark.gpu)]
+WORLDS = [
+    pytest.param(("gloo", 2), marks=needs_fsdp2),
+    pytest.param(("gloo", 3), marks=needs_fsdp2),
+    pytest.param(("nccl", 3), marks=[needs_fsdp2, pytest.mark.gpu]),
+]
 
 
 @pytest.fixture(scope="module", params=WORLDS, ids=str)
@@ -471,13 +495,15 @@ def test_pass_1_computes_the_gradients_of_the_drawn_weights_alone(results, beta)
         assert third == every
 
 
-def test_drawn_weights_that_are_not_used(results):
-    for found, expected in results("unused"):
+@pytest.mark.parametrize("nesting", NESTING)
+def test_drawn_weights_that_are_not_used(results, nesting):
+    for found, expected in results(f"unused, {nesting}"):
         check_close(found, expected)
 
 
-def test_a_drawn_weight_that_the_last_micro_batch_does_not_use(results):
-    for found, expected in results("used early"):
+@pytest.mark.parametrize("nesting", NESTING)
+def test_a_drawn_weight_that_the_last_micro_batch_does_not_use(results, nesting):
+    for found, expected in results(f"used early, {nesting}"):
         check_close(found, expected)
 
 
@@ -527,6 +553,21 @@ def test_a_killed_rank_takes_no_weights_with_it(results):
     assert all(all(found) for found in others[1:])
 
 
+@needs_fsdp2
 @pytest.mark.parametrize("when", ["EARLY_1", "EARLY_2"])
 def test_a_rank_killed_in_an_earlier_pass_takes_no_weights_with_it(tmp_path, when):
     assert ranks.run(__name__, 2, tmp_path, scenarios=when)("killed") == [[True], None]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_an_older_torch_is_refused_before_anything_changes(monkeypatch):
+    model = shard(network())
+    optimizer = optimizer_of(model)
+    before = shards(model)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1"))
+    with pytest.raises(ValueError, match=r"2\.13 on.*2\.12\.1.*DistributedDataParallel"):
+        optimizer.backward(closures_of(model, 0, [12], 0))
+    assert same(before, shards(model))
+    assert all(isinstance(param, DTensor) and param.grad is None for param in model.parameters())
+    optimizer.base.step(lambda: closures_of(model, 0, [12], 0)[0](None).mean().backward())
+    assert not same(before, shards(model))
