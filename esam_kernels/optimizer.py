@@ -301,6 +301,7 @@ class ESAM(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> Any:
         """Take the base optimizer's step with the gradients in ``.grad``; with a closure, ``backward(closure)`` first.
 
+        Ctrl-C and SIGTERM wait for the base optimizer, which would otherwise leave some weights updated and some not.
         Trainers such as Lightning give a closure without an index, which runs hooks: after ``backward`` it is called.
 
         Returns:
@@ -312,8 +313,15 @@ class ESAM(torch.optim.Optimizer):
             closure()
         elif closure is not None:
             loss = self.backward(closure)
-        self.base.step()
-        self._progress.has_gradient = False
+        signals = Rollback()  # with nothing to undo: they come before the base optimizer's step, or after it
+        try:
+            signals.open()
+            self.base.step()
+            self._progress.has_gradient = False
+            signals.close()
+        except BaseException as error:
+            signals.roll_back(error)
+            raise
         return loss
 
     # The two halves of a step as in davda54/sam, for code that is written so.

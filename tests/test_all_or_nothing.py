@@ -109,11 +109,11 @@ SETUPS = {
 }
 
 
-def at_lines(act: Callable[[Line], None], run: Callable[[], object]) -> None:
-    """Run, and act before every line of the package that is executed."""
+def at_lines(act: Callable[[Line], None], run: Callable[[], object], where: tuple[str, ...] = (PACKAGE,)) -> None:
+    """Run, and act before every line of the package that is executed, or of other files."""
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
+        if not frame.f_code.co_filename.startswith(where):
             return None
         if event == "line":
             act((frame.f_code.co_filename, frame.f_lineno))
@@ -127,14 +127,14 @@ def at_lines(act: Callable[[Line], None], run: Callable[[], object]) -> None:
         sys.settrace(previous)
 
 
-def places(run: Callable[[], object]) -> list[tuple[Line, int]]:
+def places(run: Callable[[], object], where: tuple[str, ...] = (PACKAGE,)) -> list[tuple[Line, int]]:
     """Every line that a run executes, at its first and at its last execution."""
     counts: dict[Line, int] = {}
 
     def count(line: Line) -> None:
         counts[line] = counts.get(line, 0) + 1
 
-    at_lines(count, run)
+    at_lines(count, run, where)
     return [(line, n) for line, total in counts.items() for n in sorted({1, total})]
 
 
@@ -238,6 +238,34 @@ def test_a_signal_without_a_handler_ends_the_process_in_a_step(signum: int) -> N
     finally:
         signal.signal(signum, previous)
     assert set(seen) == {signal.SIG_DFL}
+
+
+@pytest.mark.usefixtures("ctrl_c_raises")
+def test_ctrl_c_at_any_line_of_the_base_optimizer_s_step_comes_before_it_or_after_it() -> None:
+    """Of its weights and of its state."""
+
+    def moved(setup: Setup) -> list[Any]:
+        return copy.deepcopy([list(setup.model.parameters()), setup.optimizer.base.state_dict()])
+
+    rehearsal = Setup(foreach=False)
+    rehearsal.backward()
+    before = moved(rehearsal)
+    where = (PACKAGE, str(pathlib.Path(torch.optim.__file__).parent))
+    found = places(rehearsal.optimizer.step, where)
+    after = moved(rehearsal)
+    assert sum(line[0].endswith("sgd.py") for line, _ in found) > 20
+    ends = set()
+    for place in found:
+        setup = Setup(foreach=False)
+        setup.backward()
+        handlers = setup.snapshot()[-1]
+        with pytest.raises(KeyboardInterrupt):
+            at_lines(act_once(place, lambda: signal.raise_signal(signal.SIGINT)), setup.optimizer.step, where)
+        assert setup.snapshot()[-1] == handlers
+        finished = torch.equal(setup.model[3].weight, after[0][-2])
+        assert_same(moved(setup), after if finished else before)
+        ends.add(finished)
+    assert ends == {False, True}
 
 
 @pytest.mark.usefixtures("ctrl_c_raises")
