@@ -8,6 +8,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterable
+from unittest import mock
 
 import pytest
 import ranks
@@ -23,7 +24,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, M
 from torch.distributed.tensor import DTensor, Shard
 from torch.torch_version import TorchVersion
 
-from esam_kernels import ESAM, batch_closure
+from esam_kernels import ESAM, batch_closure, ops
 from esam_kernels.engines import ShardedModules
 from esam_kernels.weight_mask import draw_tensors
 
@@ -37,6 +38,13 @@ def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 1), nn.Tanh(), nn.Linear(1, 3)
     ).to(device(), dtype)
+
+
+def tied(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).to(device(), dtype)
+    model[2].weight = model[0].weight
+    return model
 
 
 def shard(model: nn.Sequential, **options) -> nn.Sequential:
@@ -110,11 +118,22 @@ TRAINING = {
         "dtype": torch.float32,
         "sizes": [[4, 8]] * 3,
     },
+    "tied weights": {"network": tied, "shard": fully_shard},
     "offloaded": {"fsdp": {"offload_policy": CPUOffloadPolicy(pin_memory=False)}, "only_on": "cpu"},
 }
 
 
-def training(rank, esam=(), fsdp=(), sizes=EVEN, dtype=torch.float64, reshard_after_backward=True, only_on=None):
+def training(
+    rank,
+    esam=(),
+    fsdp=(),
+    sizes=EVEN,
+    dtype=torch.float64,
+    reshard_after_backward=True,
+    only_on=None,
+    network=network,
+    shard=shard,
+):
     """The weights after some steps, and those of the single process."""
     if only_on not in (None, device()):  # gloo and NCCL together would be needed
         return [], []
@@ -311,8 +330,11 @@ def evaluation_before(rank):
     return whole(model), plain(expected)
 
 
-def overflow(rank, when):
-    """In one pass of rank 0 alone."""
+OVERFLOWS = [(1,), (3,), (2, 3)]
+
+
+def overflow(rank, passes):
+    """In some passes of rank 0 alone."""
     model = shard(network(torch.float32))
     optimizer, scaler = optimizer_of(model), torch.amp.GradScaler(device(), init_scale=1024.0)
     inputs, targets = data(rank, [12], 0)[0]
@@ -321,7 +343,7 @@ def overflow(rank, when):
     def overflowing(index):
         nonlocal calls
         calls += 1
-        return closure(index) * (float("inf") if rank == 0 and calls == when else 1.0)
+        return closure(index) * (float("inf") if rank == 0 and calls in passes else 1.0)
 
     overflowing.model = model
     before = shards(model)
@@ -329,6 +351,16 @@ def overflow(rank, when):
     scaler.step(optimizer)
     scaler.update()
     return same(before, shards(model)), scaler.get_scale()
+
+
+def held(rank):
+    """The sizes of what one rank keeps between the perturbation and its end."""
+    model = shard(network())
+    with mock.patch.object(ops, "perturb_", wraps=ops.perturb_) as perturb:
+        optimizer_of(model, beta=1.0).backward(closures_of(model, rank, EVEN[0], 0))
+    _, gradients, backups, *_ = perturb.call_args.args
+    kept = [[tensor.numel() for tensor in tensors] for tensors in (backups, gradients, shards(model))]
+    return *kept, sum(param.numel() for param in model.parameters())
 
 
 def checkpoint(rank, granularity):
@@ -429,7 +461,8 @@ SCENARIOS = {
     ),
     **{f"used early, {nesting}": (used_early, {"nesting": nesting}) for nesting in NESTING},
     "evaluation before": (evaluation_before, {}),
-    **{f"overflow in pass {when}": (overflow, {"when": when}) for when in (1, 3)},
+    **{f"overflow in passes {passes}": (overflow, {"passes": passes}) for passes in OVERFLOWS},
+    "held": (held, {}),
     **{
         f"checkpoint, {granularity}": (checkpoint, {"granularity": granularity})
         for granularity in ("tensor", "element")
@@ -519,10 +552,17 @@ def test_weights_that_an_evaluation_has_gathered(results):
         check_close(found, expected)
 
 
-@pytest.mark.parametrize("when", [1, 3])
-def test_an_overflow_on_one_rank_skips_the_step_on_all(results, when):
-    for answer in results(f"overflow in pass {when}"):
+@pytest.mark.parametrize("passes", OVERFLOWS, ids=str)
+def test_an_overflow_on_one_rank_skips_the_step_on_all(results, passes):
+    for answer in results(f"overflow in passes {passes}"):
         assert answer == (True, 512.0)
+
+
+def test_each_rank_keeps_backups_and_gradients_of_its_own_shards_alone(results):
+    found = results("held")
+    for backups, gradients, sizes, _ in found:
+        assert backups == gradients == sizes
+    assert sum(sum(backups) for backups, *_ in found) == found[0][-1]
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "element"])
