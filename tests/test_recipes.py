@@ -5,14 +5,12 @@ import importlib.util
 import math
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
 import torch
-import torch.distributed as dist
 from networks import same, values
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -295,9 +293,6 @@ def data_parallel(rank: int):
 
 
 def sharded(rank: int):
-    folder = [tempfile.mkdtemp() if rank == 0 else None]
-    dist.broadcast_object_list(folder)
-    os.chdir(folder[0])
     layers = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(DEVICE)
     recipe = Recipe("FSDP2", model=layers)
     recipe.names["loader"] = share(rank, recipe)
