@@ -186,5 +186,8 @@ def _check_sharding(params: Sequence[Any], modules: Sequence[Any]) -> None:
             "the parameters are sharded, but not by a model that ESAM knows of: give it as ESAM(..., model=model), or "
             "make closures with batch_closure, after fully_shard"
         )
-    if not hasattr(modules[0], "reset_iter_state"):
-        raise ValueError(f"ESAM supports FSDP2 from torch 2.13 on, and this is {torch.__version__}")
+    if torch.__version__ < "2.13":  # as versions, not as text
+        raise ValueError(
+            "ESAM supports FSDP2 from torch 2.13 on, with which it can be put in order after an exception, and this is "
+            f"torch {torch.__version__}: take a later one, or DistributedDataParallel"
+        )

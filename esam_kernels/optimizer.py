@@ -17,6 +17,7 @@ from .ops.reference import is_dense
 from .rollback import Rollback
 from .sharpness import (
     Perturbation,
+    ReentrantCheckpoints,
     Settings,
     Target,
     check_gradient,
@@ -160,6 +161,7 @@ class ESAM(torch.optim.Optimizer):
         self.model = model
         self._keys = keys
         self._progress = _Progress()
+        self._checkpoints = ReentrantCheckpoints()
         base.defaults.update(settings)
         for group, own_settings in zip(base.param_groups, groups):
             group.update(own_settings)
@@ -180,7 +182,7 @@ class ESAM(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_idle("copying or pickling the optimizer")
-        names = ("base", "model", "_keys", "_progress")
+        names = ("base", "model", "_keys", "_progress", "_checkpoints")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -282,7 +284,7 @@ class ESAM(torch.optim.Optimizer):
             self.base.zero_grad()
             state = self._model_state(closures)
             if targets and step % settings.interval == 0:
-                loss = esam_backward(closures, targets, settings, step, state, grad_scaler, rollback)
+                loss = esam_backward(closures, targets, settings, step, state, self._checkpoints, grad_scaler, rollback)
             else:
                 state.keep(rollback)
                 everything = [None] * len(closures)
@@ -299,6 +301,7 @@ class ESAM(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> Any:
         """Take the base optimizer's step with the gradients in ``.grad``; with a closure, ``backward(closure)`` first.
 
+        Ctrl-C and SIGTERM wait for the base optimizer, which would otherwise leave some weights updated and some not.
         Trainers such as Lightning give a closure without an index, which runs hooks: after ``backward`` it is called.
 
         Returns:
@@ -310,8 +313,15 @@ class ESAM(torch.optim.Optimizer):
             closure()
         elif closure is not None:
             loss = self.backward(closure)
-        self.base.step()
-        self._progress.has_gradient = False
+        signals = Rollback()  # with nothing to undo: they come before the base optimizer's step, or after it
+        try:
+            signals.open()
+            self.base.step()
+            self._progress.has_gradient = False
+            signals.close()
+        except BaseException as error:
+            signals.roll_back(error)
+            raise
         return loss
 
     # The two halves of a step as in davda54/sam, for code that is written so.

@@ -150,12 +150,39 @@ class Perturbation:
         return ops.ElementMask(self._settings.seed, self._step, ids, beta, offsets)
 
 
+class ReentrantCheckpoints:
+    """Refuses reentrant activation checkpoints, which hide the weights in them from ``torch.autograd.grad``.
+
+    A graph is searched for them in the first ESAM step, whatever that draws, and where a parameter is missed that never
+    was before: one that no loss depends on costs one search, and not one in each step that draws it.
+    """
+
+    def __init__(self) -> None:
+        self._missed: set[int] | None = None  # the ids of the parameters that graphs without checkpoints did not reach
+
+    def refuse(self, loss: Tensor, missed: set[int]) -> None:
+        """Check the graph of a loss, from which the drawn parameters ``missed`` got no gradient.
+
+        Raises:
+            RuntimeError: if there is a reentrant checkpoint in it.
+        """
+        if self._missed is not None and missed <= self._missed:
+            return
+        if has_reentrant_checkpoint(loss):
+            raise RuntimeError(
+                "the model uses reentrant activation checkpointing, which hides the gradients of single weights: "
+                "give torch.utils.checkpoint.checkpoint use_reentrant=False"
+            )
+        self._missed = missed | (self._missed or set())
+
+
 def esam_backward(
     closures: Sequence[Closure],
     targets: Sequence[Target],
     settings: Settings,
     step: int,
     state: ModelState,
+    checkpoints: ReentrantCheckpoints,
     grad_scaler: torch.amp.GradScaler | None,
     rollback: Rollback,
 ) -> Tensor:
@@ -167,6 +194,7 @@ def esam_backward(
         settings: see ``ESAM``.
         step: number of the step, for its draws.
         state: what the passes must not disturb.
+        checkpoints: what is known of them from the steps before.
         grad_scaler: scales the losses, or None.
         rollback: where changes are registered before they are made.
 
@@ -184,7 +212,7 @@ def esam_backward(
 
     # Pass 1, ascend: the losses at w, and the gradient of the drawn weights.
     chosen = drawn(targets, settings, step)
-    before, grads = ascend(closures, chosen, state, steered, loss_scale(grad_scaler), rollback)
+    before, grads = ascend(closures, chosen, state, checkpoints, steered, loss_scale(grad_scaler), rollback)
     put_back_buffers = state.keep_buffers()
 
     # Perturb: w <- w + e.
@@ -230,18 +258,20 @@ def ascend(
     closures: Sequence[Closure],
     targets: Sequence[Target],
     state: ModelState,
+    checkpoints: ReentrantCheckpoints,
     evaluate: Callable[..., Sample],
     scale: Scale,
     rollback: Rollback,
 ) -> tuple[list[Sample], list[Tensor | None]]:
     """The losses at w, and the gradients of the targets alone, up to a common factor: only their direction matters."""
-    ascend_on = ascend_on_shards if state.shards else ascend_on_replica
-    samples, grads = ascend_on([target.param for target in targets], closures, state, evaluate, scale, rollback)
+    ascend_on = ascend_on_shards if state.shards else partial(ascend_on_replica, checkpoints)
+    samples, grads = ascend_on(targets, closures, state, evaluate, scale, rollback)
     return samples, [check_gradient(target, grad) for target, grad in zip(targets, grads)]
 
 
 def ascend_on_replica(
-    params: Sequence[Tensor],
+    checkpoints: ReentrantCheckpoints,
+    targets: Sequence[Target],
     closures: Sequence[Closure],
     state: ModelState,
     evaluate: Callable[..., Sample],
@@ -250,6 +280,7 @@ def ascend_on_replica(
 ) -> tuple[list[Sample], list[Tensor | None]]:
     """The gradient of this rank's own samples, as the SAM paper has it for data parallelism."""
     state.forget_weight_copies()
+    params = [target.param for target in targets]
     samples: list[Sample] = []
     grads: list[Tensor | None] = [None] * len(params)
     for closure in closures:
@@ -258,8 +289,7 @@ def ascend_on_replica(
         loss = scale(sample.weighted_sum / divisor(samples[0].total_weight))
         # Not backward(): that would fill .grad, fire the hooks on it, and compute the gradients of all weights.
         found: list[Tensor | None] = list(rollback.interruptible(torch.autograd.grad, loss, params, allow_unused=True))
-        if any(grad is None for grad in found):
-            refuse_reentrant_checkpoints(loss)
+        checkpoints.refuse(loss, {target.tensor_id for target, grad in zip(targets, found) if grad is None})
         for i, (total, grad) in enumerate(zip(grads, found)):
             # Not in place: autograd may return one tensor for two parameters, or a view that repeats an element.
             grads[i] = grad if total is None else total if grad is None else total + grad
@@ -269,7 +299,7 @@ def ascend_on_replica(
 
 
 def ascend_on_shards(
-    params: Sequence[Tensor],
+    targets: Sequence[Target],
     closures: Sequence[Closure],
     state: ModelState,
     evaluate: Callable[..., Sample],
@@ -277,6 +307,7 @@ def ascend_on_shards(
     rollback: Rollback,
 ) -> tuple[list[Sample], list[Tensor | None]]:
     """The gradient of all ranks' samples, of which each rank gets its shards, by a backward into ``.grad`` alone."""
+    params = [target.param for target in targets]
     put_back = state.shards.train_only(params, rollback)
     # These parameters may all be unused in a micro-batch: its losses have no graph then, and it no backward.
     evaluate = partial(evaluate, graph=False)
@@ -289,12 +320,8 @@ def ascend_on_shards(
     return samples, grads
 
 
-def refuse_reentrant_checkpoints(loss: Tensor) -> None:
-    """Tell weights that the loss does not depend on from those that reentrant checkpoints hide from its graph.
-
-    Raises:
-        RuntimeError: if there is a reentrant checkpoint.
-    """
+def has_reentrant_checkpoint(loss: Tensor) -> bool:
+    """Whether the graph of the loss has a node of ``torch.utils.checkpoint``'s reentrant kind."""
     nodes, seen = [loss.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -302,10 +329,8 @@ def refuse_reentrant_checkpoints(loss: Tensor) -> None:
             seen.add(node)
             nodes += [following for following, _ in node.next_functions]
             if node.name() == "CheckpointFunctionBackward":
-                raise RuntimeError(
-                    "the model uses reentrant activation checkpointing, which hides the gradients of single weights: "
-                    "give torch.utils.checkpoint.checkpoint use_reentrant=False"
-                )
+                return True
+    return False
 
 
 def select(before: Sequence[Sample], after: Sequence[Sample], settings: Settings, step: int) -> list[Tensor | None]:

@@ -9,8 +9,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+
+needs_fsdp2 = pytest.mark.skipif(torch.__version__ < (2, 13), reason="ESAM supports FSDP2 from torch 2.13 on")
 
 
 def device() -> str:
@@ -25,7 +28,9 @@ def process(rank: int, module: str, backend: str, world: int, folder: str, scena
     store, patience = f"file://{folder}/store", timedelta(seconds=20)  # a rank that waits in vain fails
     dist.init_process_group(backend, init_method=store, rank=rank, world_size=world, timeout=patience)
     results: dict[str, Any] = {}
-    for name, (scenario, options) in getattr(importlib.import_module(module), scenarios).items():
+    todo = getattr(importlib.import_module(module), scenarios)
+    os.chdir(folder)  # for what scenarios write
+    for name, (scenario, options) in todo.items():
         try:
             results[name] = scenario(rank, **options)
         except Exception:

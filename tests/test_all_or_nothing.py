@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from ranks import needs_fsdp2
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -109,11 +109,11 @@ SETUPS = {
 }
 
 
-def at_lines(act: Callable[[Line], None], run: Callable[[], object]) -> None:
-    """Run, and act before every line of the package that is executed."""
+def at_lines(act: Callable[[Line], None], run: Callable[[], object], where: tuple[str, ...] = (PACKAGE,)) -> None:
+    """Run, and act before every line of the package that is executed, or of other files."""
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
+        if not frame.f_code.co_filename.startswith(where):
             return None
         if event == "line":
             act((frame.f_code.co_filename, frame.f_lineno))
@@ -127,14 +127,14 @@ def at_lines(act: Callable[[Line], None], run: Callable[[], object]) -> None:
         sys.settrace(previous)
 
 
-def places(run: Callable[[], object]) -> list[tuple[Line, int]]:
+def places(run: Callable[[], object], where: tuple[str, ...] = (PACKAGE,)) -> list[tuple[Line, int]]:
     """Every line that a run executes, at its first and at its last execution."""
     counts: dict[Line, int] = {}
 
     def count(line: Line) -> None:
         counts[line] = counts.get(line, 0) + 1
 
-    at_lines(count, run)
+    at_lines(count, run, where)
     return [(line, n) for line, total in counts.items() for n in sorted({1, total})]
 
 
@@ -180,18 +180,21 @@ def test_an_exception_at_any_line(name: str) -> None:
     check_every_place(SETUPS[name], plant, PlantedError)
 
 
-@pytest.fixture
-def one_rank(tmp_path: pathlib.Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
+@needs_fsdp2
 @pytest.mark.usefixtures("one_rank")
 def test_an_exception_at_any_line_of_a_sharded_step() -> None:
     check_every_place({"sharded": True}, plant, PlantedError)
 
 
+@pytest.fixture
+def ctrl_c_raises() -> Iterator[None]:
+    """A shell without job control starts what is to run in the background with SIGINT ignored, also this suite."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("ctrl_c_raises")
 @pytest.mark.parametrize("name", ["esam", "base step"])
 def test_ctrl_c_at_any_line(name: str) -> None:
     check_every_place(SETUPS[name], lambda: signal.raise_signal(signal.SIGINT), KeyboardInterrupt)
@@ -208,6 +211,64 @@ def test_sigterm_at_any_line_with_a_handler_that_raises() -> None:
         signal.signal(signal.SIGTERM, previous)
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_is_ignored_is_ignored_in_a_step(signum: int) -> None:
+    expected = Setup()
+    expected.step()
+    previous = signal.signal(signum, signal.SIG_IGN)
+    try:
+        setup = Setup()
+        setup.before_call = lambda: signal.raise_signal(signum)
+        at_lines(lambda line: signal.raise_signal(signum), setup.step)
+        assert signal.getsignal(signum) is signal.SIG_IGN
+    finally:
+        signal.signal(signum, previous)
+    assert_same(setup.model.state_dict(), expected.model.state_dict())
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_without_a_handler_ends_the_process_in_a_step(signum: int) -> None:
+    """The system's own action: there is no exception to hold back, and no process to put anything back in."""
+    previous = signal.signal(signum, signal.SIG_DFL)
+    try:
+        setup = Setup()
+        seen = []
+        setup.before_call = lambda: seen.append(signal.getsignal(signum))
+        at_lines(lambda line: seen.append(signal.getsignal(signum)), setup.step)
+    finally:
+        signal.signal(signum, previous)
+    assert set(seen) == {signal.SIG_DFL}
+
+
+@pytest.mark.usefixtures("ctrl_c_raises")
+def test_ctrl_c_at_any_line_of_the_base_optimizer_s_step_comes_before_it_or_after_it() -> None:
+    """Of its weights and of its state."""
+
+    def moved(setup: Setup) -> list[Any]:
+        return copy.deepcopy([list(setup.model.parameters()), setup.optimizer.base.state_dict()])
+
+    rehearsal = Setup(foreach=False)
+    rehearsal.backward()
+    before = moved(rehearsal)
+    where = (PACKAGE, str(pathlib.Path(torch.optim.__file__).parent))
+    found = places(rehearsal.optimizer.step, where)
+    after = moved(rehearsal)
+    assert sum(line[0].endswith("sgd.py") for line, _ in found) > 20
+    ends = set()
+    for place in found:
+        setup = Setup(foreach=False)
+        setup.backward()
+        handlers = setup.snapshot()[-1]
+        with pytest.raises(KeyboardInterrupt):
+            at_lines(act_once(place, lambda: signal.raise_signal(signal.SIGINT)), setup.optimizer.step, where)
+        assert setup.snapshot()[-1] == handlers
+        finished = torch.equal(setup.model[3].weight, after[0][-2])
+        assert_same(moved(setup), after if finished else before)
+        ends.add(finished)
+    assert ends == {False, True}
+
+
+@pytest.mark.usefixtures("ctrl_c_raises")
 def test_a_second_ctrl_c_while_the_first_is_undone() -> None:
     """The first lands in the last call of the closure, the second at any line after it."""
     setup = Setup()

@@ -1,6 +1,6 @@
 """Under DistributedDataParallel the replicas stay bit-identical, and only pass 3's gradients travel.
 
-Both processes run every scenario in one go, since starting them is what takes long; the tests look at the results.
+All processes run every scenario in one go, since starting them is what takes long; the tests look at the results.
 """
 
 import os
@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from esam_kernels import ESAM, batch_closure
 
-WORLD = 2
 STEPS = 20
 
 
@@ -34,6 +33,16 @@ class WithUnused(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.used(x)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+        self.layers[2].weight = self.layers[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
 
 
 def network() -> nn.Module:
@@ -61,6 +70,11 @@ def closures_of(replica: nn.Module, batch: tuple[Tensor, Tensor], sizes: list[in
     return [make(replica, x, y) for x, y in zip(*(part.split(sizes) for part in batch))]
 
 
+def clip(replica: nn.Module, optimizer: ESAM, scaler: torch.amp.GradScaler) -> None:
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(replica.parameters(), 0.1)
+
+
 TRAINING = {
     "default": {},
     "static graph": {"ddp": {"static_graph": True}},
@@ -79,9 +93,15 @@ TRAINING = {
     },
     # PyTorch learns a static graph from its first backward, which is not to be one without reduction.
     "micro-batches and a static graph": {"sizes": [4, 8], "first": [12], "ddp": {"static_graph": True}},
-    "uneven batches": {"sizes": [[12], [5]]},
-    "hundreds of uneven batches": {"sizes": [[12], [5]], "steps": 300},
-    "uneven micro-batches": {"sizes": [[4, 8], [5, 4]]},
+    "uneven batches": {"sizes": [[12], [5], [8]]},
+    "hundreds of uneven batches": {"sizes": [[12], [5], [8]], "steps": 300},
+    "uneven micro-batches": {"sizes": [[4, 8], [5, 4], [4, 4]]},
+    "float16 with a scaler, clipping and micro-batches": {
+        "amp": True,
+        "sizes": [4, 8],
+        "network": lambda: mlp(nn.BatchNorm1d(8)),
+    },
+    "tied weights": {"network": Tied},
     "gamma 1": {"esam": {"gamma": 1.0}},
     "by element": {"esam": {"granularity": "element"}},
     "interval": {"esam": {"interval": 2}},
@@ -89,16 +109,27 @@ TRAINING = {
 }
 
 
-def training(rank: int, ddp=(), esam=(), network=network, sizes=(12,), first=None, by_hand=False, steps=STEPS):
+def training(
+    rank: int, ddp=(), esam=(), network=network, sizes=(12,), first=None, by_hand=False, steps=STEPS, amp=False
+):
     """Training with data of one's own; the start is rank 0's, as DDP has it."""
     torch.manual_seed(rank)
     replica = replicate(network(), **dict(ddp))
     optimizer = optimizer_of(replica, **dict(esam), model=replica if by_hand else None)
     start = values(replica)
-    for step, batch in enumerate(data(rank, steps)):
+    scaler = torch.amp.GradScaler(device(), enabled=amp)
+    for step, (inputs, targets) in enumerate(data(rank, steps)):
+        batch = inputs.to(start[0].dtype), targets
         split = first if first and step == 0 else sizes
         split = split[rank] if isinstance(split[0], list) else split
-        optimizer.step(closures_of(replica, [part[: sum(split)] for part in batch], list(split), by_hand))
+        with torch.autocast(device(), torch.float16, enabled=amp):
+            optimizer.backward(
+                closures_of(replica, [part[: sum(split)] for part in batch], list(split), by_hand), scaler
+            )
+        if amp:
+            clip(replica, optimizer, scaler)
+        scaler.step(optimizer)
+        scaler.update()
     return start, [param.detach() for param in replica.parameters()]
 
 
@@ -119,7 +150,11 @@ def communication(rank: int, sizes: list[int], **esam):
 
     def reduce(state, bucket):
         counts[0] += 1
-        return dist.all_reduce(bucket.buffer() / WORLD, async_op=True).get_future().then(lambda f: f.value()[0])
+        return (
+            dist.all_reduce(bucket.buffer() / dist.get_world_size(), async_op=True)
+            .get_future()
+            .then(lambda f: f.value()[0])
+        )
 
     def broadcast():
         counts[1] += 1
@@ -142,7 +177,7 @@ def communication(rank: int, sizes: list[int], **esam):
 
 
 def failure(rank: int, when: int):
-    """Rank 0 fails in one pass, finds everything as before, and tries again while rank 1 waits in its first try."""
+    """Rank 0 fails in one pass, finds everything as before, and tries again while others wait in their first try."""
     replica = replicate(mlp(dtype=torch.float64))
     optimizer = optimizer_of(replica)
     closure, calls = batch_closure(replica, cross_entropy, *data(rank)[0]), 0
@@ -166,23 +201,49 @@ def failure(rank: int, when: int):
     return found, values(replica)
 
 
-def overflow(rank: int):
-    """In pass 1 of rank 0 alone."""
+OVERFLOWS = {"pass 1": [1], "pass 2": [2], "pass 3": [3], "passes 2 and 3": [2, 3]}
+
+
+def overflow(rank: int, passes: list[int], sizes: list[int]):
+    """In some passes of rank 0 alone."""
     replica = replicate(network())
     optimizer, scaler = optimizer_of(replica), torch.amp.GradScaler(device(), init_scale=1024.0)
-    closure, calls = batch_closure(replica, cross_entropy, *data(rank)[0]), 0
+    calls = 0
 
-    def overflowing(index):
-        nonlocal calls
-        calls += 1
-        return closure(index) * (float("inf") if rank == 0 and calls == 1 else 1.0)
+    def overflowing(closure):
+        def call(index):
+            nonlocal calls
+            calls += 1
+            spoiled = rank == 0 and -(-calls // len(sizes)) in passes
+            return closure(index) * (float("inf") if spoiled else 1.0)
 
-    overflowing.model = replica
+        call.model = replica
+        return call
+
     before = [param.detach().clone() for param in replica.parameters()]
-    optimizer.backward(overflowing, scaler)
+    optimizer.backward([overflowing(closure) for closure in closures_of(replica, data(rank)[0], sizes)], scaler)
+    clip(replica, optimizer, scaler)
     scaler.step(optimizer)
     scaler.update()
-    return same(before, [param.detach() for param in replica.parameters()]), scaler.get_scale()
+    return before, [param.detach() for param in replica.parameters()], scaler.get_scale()
+
+
+def masks(rank: int, granularity: str):
+    """What each step perturbs of the weights."""
+    replica = replicate(mlp(dtype=torch.float64))
+    optimizer = optimizer_of(replica, granularity=granularity, beta=0.5)
+    start, moved = [param.detach().clone() for param in replica.parameters()], []
+    for batch in data(rank, 5):
+        closure, calls = batch_closure(replica, cross_entropy, *batch), []
+
+        def looking(index, closure=closure, calls=calls):
+            calls.append([param.detach() != weights for param, weights in zip(replica.parameters(), start)])
+            return closure(index)
+
+        looking.model = replica
+        optimizer.backward(looking)
+        moved.append(calls[1])
+    return moved
 
 
 def buffers(rank: int, sizes: list[int]):
@@ -223,7 +284,7 @@ def zero(rank: int):
 
 
 def a_killed_rank(rank: int, when: int):
-    """It dies in a pass, while the other goes on until it waits for its gradients in pass 3."""
+    """It dies in a pass, while the others go on until they wait for its gradients in pass 3."""
     if dist.get_backend() != "gloo":  # NCCL's watchdog ends the process
         return None
     replica = replicate(mlp(dtype=torch.float64))
@@ -249,7 +310,12 @@ SCENARIOS = {
     **{f"communication, {name}": (communication, {"sizes": sizes}) for name, sizes in SIZES.items()},
     "communication, plain": (communication, {"sizes": [4, 8], "rho": 0.0}),
     **{f"failure {when}": (failure, {"when": when}) for when in (1, 2, 3)},
-    "overflow": (overflow, {}),
+    **{
+        f"overflow in {where}, {name}": (overflow, {"passes": passes, "sizes": sizes})
+        for where, passes in OVERFLOWS.items()
+        for name, sizes in SIZES.items()
+    },
+    **{f"masks, {granularity}": (masks, {"granularity": granularity}) for granularity in ("tensor", "element")},
     **{f"buffers, {name}": (buffers, {"sizes": sizes}) for name, sizes in SIZES.items()},
     "zero": (zero, {}),
     "killed in pass 3": (a_killed_rank, {"when": 3}),  # the last one: nothing works after it
@@ -260,18 +326,21 @@ EARLY_1 = {"killed": (a_killed_rank, {"when": 1})}
 EARLY_2 = {"killed": (a_killed_rank, {"when": 2})}
 
 
-@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    scope="module", params=[("gloo", 2), ("gloo", 3), pytest.param(("nccl", 2), marks=pytest.mark.gpu)], ids=str
+)
 def results(request, tmp_path_factory):
-    """For each scenario, what the two ranks returned."""
-    if request.param == "nccl" and torch.cuda.device_count() < WORLD:
-        pytest.skip(f"NCCL needs {WORLD} GPUs for {WORLD} ranks")
-    return ranks.run(__name__, WORLD, tmp_path_factory.mktemp("ranks"), request.param)
+    """For each scenario, what each rank returned."""
+    backend, world = request.param
+    if backend == "nccl" and torch.cuda.device_count() < world:
+        pytest.skip(f"NCCL needs {world} GPUs for {world} ranks")
+    return ranks.run(__name__, world, tmp_path_factory.mktemp("ranks"), backend)
 
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_replicas_stay_bit_identical(results, name):
-    (start, one), (_, other) = results(f"training, {name}")
-    assert same(one, other)
+    (start, one), *others = results(f"training, {name}")
+    assert all(same(one, other) for _, other in others)
     assert not same(start[: len(one)], one)
     assert all(weight.isfinite().all() for weight in one)
 
@@ -279,8 +348,8 @@ def test_replicas_stay_bit_identical(results, name):
 @pytest.mark.parametrize("name", SIZES)
 def test_the_gradient_is_the_mean_of_those_of_the_ranks(results, name):
     """Each rank perturbs by its own gradient and selects among its own rows."""
-    expected = None
-    for rank in range(WORLD):
+    found, expected = results(f"gradient, {name}"), None
+    for rank in range(len(found)):
         inputs, targets = data(rank)[0]
         parts = list(zip(inputs.split(SIZES[name]), targets.split(SIZES[name])))
 
@@ -295,8 +364,8 @@ def test_the_gradient_is_the_mean_of_those_of_the_ranks(results, name):
             index = rise.topk(max(1, len(x) // 2)).indices.sort().values
             chosen.append(cross_entropy(there(x[index]), y[index]))
         torch.cat(chosen).mean().backward()
-        expected = [g / WORLD + (e if expected else 0) for g, e in zip(grads(there), expected or [0] * 99)]
-    for rank_grads in results(f"gradient, {name}"):
+        expected = [g / len(found) + (e if expected else 0) for g, e in zip(grads(there), expected or [0] * 99)]
+    for rank_grads in found:
         for mine, theirs in zip(rank_grads, expected):
             torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-10)
 
@@ -314,16 +383,41 @@ def test_only_the_last_backward_of_pass_3_communicates(results, name):
 
 @pytest.mark.parametrize("when", [1, 2, 3])
 def test_a_failed_step_leaves_the_replica_as_it_was(results, when):
-    (found, one), (_, other) = results(f"failure {when}")
+    (found, one), *others = results(f"failure {when}")
     forward_replaced, weights_as_before, gradients_left = found
     assert not forward_replaced
     assert weights_as_before
     assert not gradients_left
-    assert same(one, other)  # and the next steps work
+    assert all(same(one, other) for _, other in others)  # and the next steps work
 
 
-def test_an_overflow_on_one_rank_skips_the_step_on_all(results):
-    assert results("overflow") == [(True, 512.0)] * WORLD
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("where", [where for where in OVERFLOWS if where != "pass 2"])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(results, where, name):
+    for before, after, scale in results(f"overflow in {where}, {name}"):
+        assert same(before, after)
+        assert scale == 512
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_an_overflow_that_only_the_second_pass_sees_selects_its_rows_and_no_more(results, name):
+    """It has no part in the gradient. An overflow of the network itself comes again in the third pass."""
+    found = results(f"overflow in pass 2, {name}")
+    for before, after, scale in found:
+        assert not same(before, after)
+        assert all(weight.isfinite().all() for weight in after)
+        assert same(after, found[0][1])
+        assert scale == 1024
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "element"])
+def test_all_ranks_perturb_the_same_weights(results, granularity):
+    one, *others = results(f"masks, {granularity}")
+    for other in others:
+        assert all(same(*masks) for masks in zip(one, other))
+    shares = [torch.cat([mask.flatten() for mask in masks]).double().mean().item() for masks in one]
+    assert all(0 < share < 1 for share in shares)
+    assert len(set(shares)) > 1
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -334,19 +428,19 @@ def test_buffers_are_those_of_plain_training(results, name):
 
 
 def test_zero_redundancy_optimizer_as_the_base(results):
-    ((found, expected), state), ((others, _), _) = results("zero")
+    ((found, expected), state), *others = results("zero")
     assert same(found, expected)
-    assert same(found, others)
+    assert all(same(found, theirs) for (theirs, _), _ in others)
     assert state["param_groups"][0]["esam_step"] == STEPS
     assert len(state["state"]) == len(found)  # after consolidate_state_dict(), of all ranks' parts
 
 
 def test_a_killed_rank_takes_no_weights_with_it(results):
-    survivor, killed = results("killed in pass 3")
+    first, killed, *rest = results("killed in pass 3")
     assert killed is None
-    assert survivor in (None, (True, False))
+    assert {first, *rest} in ({None}, {(True, False)})
 
 
 @pytest.mark.parametrize("when", ["EARLY_1", "EARLY_2"])
 def test_a_rank_killed_in_an_earlier_pass_takes_no_weights_with_it(tmp_path, when):
-    assert ranks.run(__name__, WORLD, tmp_path, scenarios=when)("killed") == [(True, False), None]
+    assert ranks.run(__name__, 2, tmp_path, scenarios=when)("killed") == [(True, False), None]

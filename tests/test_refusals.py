@@ -1,11 +1,14 @@
 """Bad input is refused before anything changes, with the value and the fix in the message; a good call then works."""
 
+from functools import partial
+
 import pytest
 import torch
 from networks import batches, cross_entropy, grads, mlp, random_state, same, train, values
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from esam_kernels import ESAM, batch_closure
+from esam_kernels import ESAM, batch_closure, sharpness
 
 INPUTS, TARGETS = batches(1)[0]
 NAN, INF = float("nan"), float("inf")
@@ -466,3 +469,47 @@ def test_a_first_pass_that_reaches_no_weight():
         optimizer.backward(batch_closure(model, cross_entropy, INPUTS, TARGETS))
     assert same(values(model), before)
     assert grads(model) == [None] * 6
+
+
+class Sometimes(nn.Module):
+    """A network whose reentrant checkpoint can be left out, and that has weights which it never uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.unused, self.outer = mlp(), nn.Linear(3, 3), nn.Linear(3, 3)
+        self.reentrant = False
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        inner = partial(checkpoint, self.inner, use_reentrant=True) if self.reentrant else self.inner
+        return self.outer(inner(inputs.requires_grad_()))
+
+
+def test_reentrant_checkpoints_are_looked_for_in_the_first_step_and_when_another_weight_is_missed(monkeypatch):
+    searches = 0
+    search = sharpness.has_reentrant_checkpoint
+
+    def counting(loss: Tensor) -> bool:
+        nonlocal searches
+        searches += 1
+        return search(loss)
+
+    monkeypatch.setattr(sharpness, "has_reentrant_checkpoint", counting)
+    model = Sometimes()
+    optimizer = sgd(model, beta=0.5)
+    closure = batch_closure(model, cross_entropy, INPUTS, TARGETS)
+    counts = []
+    for _ in range(50):
+        optimizer.step(closure)
+        counts.append(searches)
+    assert counts[0] == 1
+    assert counts[-1] <= 3  # two weights are never used
+    assert counts[20:] == [counts[-1]] * 30
+
+    model.reentrant = True
+    optimizer.param_groups[0]["beta"] = 1.0
+    before = values(model)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        optimizer.backward(closure)
+    assert same(values(model), before)
+    model.reentrant = False
+    optimizer.step(closure)

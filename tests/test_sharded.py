@@ -3,10 +3,11 @@
 The truth is ESAM itself on one process without sharding, whose micro-batches are those of all the ranks.
 """
 
+import copy
 import os
 import signal
-import tempfile
 from collections.abc import Iterable
+from unittest import mock
 
 import pytest
 import ranks
@@ -14,18 +15,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from networks import batches, cross_entropy, same
-from ranks import device
+from ranks import device, needs_fsdp2
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.torch_version import TorchVersion
 
-from esam_kernels import ESAM, batch_closure
+from esam_kernels import ESAM, batch_closure, ops
 from esam_kernels.engines import ShardedModules
 from esam_kernels.weight_mask import draw_tensors
-
-pytestmark = pytest.mark.skipif(torch.__version__ < (2, 13), reason="needs torch 2.13")
 
 STEPS = 5
 SEED = 5
@@ -37,6 +37,13 @@ def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 1), nn.Tanh(), nn.Linear(1, 3)
     ).to(device(), dtype)
+
+
+def tied(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).to(device(), dtype)
+    model[2].weight = model[0].weight
+    return model
 
 
 def shard(model: nn.Sequential, **options) -> nn.Sequential:
@@ -110,11 +117,22 @@ TRAINING = {
         "dtype": torch.float32,
         "sizes": [[4, 8]] * 3,
     },
+    "tied weights": {"network": tied, "shard": fully_shard},
     "offloaded": {"fsdp": {"offload_policy": CPUOffloadPolicy(pin_memory=False)}, "only_on": "cpu"},
 }
 
 
-def training(rank, esam=(), fsdp=(), sizes=EVEN, dtype=torch.float64, reshard_after_backward=True, only_on=None):
+def training(
+    rank,
+    esam=(),
+    fsdp=(),
+    sizes=EVEN,
+    dtype=torch.float64,
+    reshard_after_backward=True,
+    only_on=None,
+    network=network,
+    shard=shard,
+):
     """The weights after some steps, and those of the single process."""
     if only_on not in (None, device()):  # gloo and NCCL together would be needed
         return [], []
@@ -185,15 +203,34 @@ def gradients_computed(rank, beta):
 
 
 class WithUnused(nn.Module):
-    """More parameters than are used, so that often no drawn one is."""
+    """More parameters than are used, so that often no drawn one is; with a trunk, the root has some of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, trunk: bool) -> None:
         super().__init__()
         self.heads = nn.ModuleList(network() for _ in range(2))
+        self.trunk = nn.Linear(4, 4).to(device(), torch.float64) if trunk else nn.Identity()
         self.head = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.heads[self.head](x)
+        return self.heads[self.head](self.trunk(x))
+
+
+# How a model of several heads is sharded: as a whole, or with modules in it by themselves.
+NESTING = {
+    "one module": (False, lambda model: []),
+    "heads": (False, lambda model: model.heads),
+    "heads and a trunk": (True, lambda model: model.heads),
+    "layers of heads": (True, lambda model: [layer for head in model.heads for layer in (head[0], head[4], head)]),
+}
+
+
+def unsharded_and_sharded(nesting: str) -> tuple[WithUnused, WithUnused]:
+    trunk, inner = NESTING[nesting]
+    expected = WithUnused(trunk)
+    model = copy.deepcopy(expected)
+    for module in inner(model):
+        fully_shard(module)
+    return expected, fully_shard(model)
 
 
 def with_head(closure, head: int):
@@ -205,9 +242,9 @@ def with_head(closure, head: int):
     return call
 
 
-def unused(rank):
+def unused(rank, nesting):
     """A head for each micro-batch, of which often one has no drawn parameter, or both have none."""
-    expected, model = WithUnused(), fully_shard(WithUnused())
+    expected, model = unsharded_and_sharded(nesting)
     alone, together = (optimizer_of(one, beta=0.05) for one in (expected, model))
 
     for step in range(8):
@@ -219,11 +256,12 @@ def unused(rank):
     return whole(model), plain(expected)
 
 
-def used_early(rank):
+def used_early(rank, nesting):
     """The one drawn parameter is used in the first micro-batch alone."""
-    expected, model = WithUnused(), fully_shard(WithUnused())
-    params = range(len(list(model.parameters())))
-    step = next(step for step in range(99) if draw_tensors(params, 1e-9, SEED, step)[0] < len(params) // 2)
+    expected, model = unsharded_and_sharded(nesting)
+    params = [name for name, _ in model.named_parameters()]
+    draws = [params[draw_tensors(range(len(params)), 1e-9, SEED, step)[0]] for step in range(99)]
+    step = next(step for step, name in enumerate(draws) if name.startswith("heads.0."))
     gradients = []
     for one, closures in (
         (model, closures_of(model, rank, [6, 6], 0)),
@@ -291,8 +329,11 @@ def evaluation_before(rank):
     return whole(model), plain(expected)
 
 
-def overflow(rank, when):
-    """In one pass of rank 0 alone."""
+OVERFLOWS = [(1,), (3,), (2, 3)]
+
+
+def overflow(rank, passes):
+    """In some passes of rank 0 alone."""
     model = shard(network(torch.float32))
     optimizer, scaler = optimizer_of(model), torch.amp.GradScaler(device(), init_scale=1024.0)
     inputs, targets = data(rank, [12], 0)[0]
@@ -301,7 +342,7 @@ def overflow(rank, when):
     def overflowing(index):
         nonlocal calls
         calls += 1
-        return closure(index) * (float("inf") if rank == 0 and calls == when else 1.0)
+        return closure(index) * (float("inf") if rank == 0 and calls in passes else 1.0)
 
     overflowing.model = model
     before = shards(model)
@@ -311,13 +352,22 @@ def overflow(rank, when):
     return same(before, shards(model)), scaler.get_scale()
 
 
+def held(rank):
+    """The sizes of what one rank keeps between the perturbation and its end."""
+    model = shard(network())
+    with mock.patch.object(ops, "perturb_", wraps=ops.perturb_) as perturb:
+        optimizer_of(model, beta=1.0).backward(closures_of(model, rank, EVEN[0], 0))
+    _, gradients, backups, *_ = perturb.call_args.args
+    kept = [[tensor.numel() for tensor in tensors] for tensors in (backups, gradients, shards(model))]
+    return *kept, sum(param.numel() for param in model.parameters())
+
+
 def checkpoint(rank, granularity):
     """Saved by all ranks but the last, and loaded by all of them."""
     world = dist.get_world_size()
     few = list(range(max(1, world - 1)))
     mesh = DeviceMesh(device(), few)
-    folder = [tempfile.mkdtemp() if rank == 0 else None]
-    dist.broadcast_object_list(folder)
+    folder = f"checkpoint, {granularity}"
     options = {"granularity": granularity, "base": torch.optim.AdamW}
     if rank in few:
         model = shard(network(), mesh=mesh)
@@ -325,12 +375,12 @@ def checkpoint(rank, granularity):
         for step in range(3):
             optimizer.step(closures_of(model, 0, [12], step))
         weights, state = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder[0], process_group=mesh.get_group())
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder, process_group=mesh.get_group())
     dist.barrier()
     model = shard(network())
     optimizer = optimizer_of(model, **{**options, "seed": 0})
     weights, state = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder[0])
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     expected = network()
     alone = optimizer_of(expected, **options)
@@ -400,16 +450,17 @@ SCENARIOS = {
         for dtype in (torch.float64, torch.float32, torch.bfloat16)
     },
     **{f"gradients computed, {beta}": (gradients_computed, {"beta": beta}) for beta in (0.1, 0.5)},
-    "unused": (unused, {}),
+    **{f"unused, {nesting}": (unused, {"nesting": nesting}) for nesting in NESTING},
     "failure, one batch": (failure, {"sizes": [12]}),
     "failure, micro-batches": (failure, {"sizes": [4, 8]}),
     "failure, gradients reduced in float32": (
         failure,
         {"sizes": [4, 8], "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)},
     ),
-    "used early": (used_early, {}),
+    **{f"used early, {nesting}": (used_early, {"nesting": nesting}) for nesting in NESTING},
     "evaluation before": (evaluation_before, {}),
-    **{f"overflow in pass {when}": (overflow, {"when": when}) for when in (1, 3)},
+    **{f"overflow in passes {passes}": (overflow, {"passes": passes}) for passes in OVERFLOWS},
+    "held": (held, {}),
     **{
         f"checkpoint, {granularity}": (checkpoint, {"granularity": granularity})
         for granularity in ("tensor", "element")
@@ -422,7 +473,11 @@ SCENARIOS = {
 EARLY_1 = {"killed": (a_killed_rank, {"when": 1})}
 EARLY_2 = {"killed": (a_killed_rank, {"when": 2})}
 
-WORLDS = [("gloo", 2), ("gloo", 3), pytest.param(("nccl", 3), marks=pytest.mark.gpu)]
+WORLDS = [
+    pytest.param(("gloo", 2), marks=needs_fsdp2),
+    pytest.param(("gloo", 3), marks=needs_fsdp2),
+    pytest.param(("nccl", 3), marks=[needs_fsdp2, pytest.mark.gpu]),
+]
 
 
 @pytest.fixture(scope="module", params=WORLDS, ids=str)
@@ -471,13 +526,15 @@ def test_pass_1_computes_the_gradients_of_the_drawn_weights_alone(results, beta)
         assert third == every
 
 
-def test_drawn_weights_that_are_not_used(results):
-    for found, expected in results("unused"):
+@pytest.mark.parametrize("nesting", NESTING)
+def test_drawn_weights_that_are_not_used(results, nesting):
+    for found, expected in results(f"unused, {nesting}"):
         check_close(found, expected)
 
 
-def test_a_drawn_weight_that_the_last_micro_batch_does_not_use(results):
-    for found, expected in results("used early"):
+@pytest.mark.parametrize("nesting", NESTING)
+def test_a_drawn_weight_that_the_last_micro_batch_does_not_use(results, nesting):
+    for found, expected in results(f"used early, {nesting}"):
         check_close(found, expected)
 
 
@@ -493,10 +550,17 @@ def test_weights_that_an_evaluation_has_gathered(results):
         check_close(found, expected)
 
 
-@pytest.mark.parametrize("when", [1, 3])
-def test_an_overflow_on_one_rank_skips_the_step_on_all(results, when):
-    for answer in results(f"overflow in pass {when}"):
+@pytest.mark.parametrize("passes", OVERFLOWS, ids=str)
+def test_an_overflow_on_one_rank_skips_the_step_on_all(results, passes):
+    for answer in results(f"overflow in passes {passes}"):
         assert answer == (True, 512.0)
+
+
+def test_each_rank_keeps_backups_and_gradients_of_its_own_shards_alone(results):
+    found = results("held")
+    for backups, gradients, sizes, _ in found:
+        assert backups == gradients == sizes
+    assert sum(sum(backups) for backups, *_ in found) == found[0][-1]
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "element"])
@@ -527,6 +591,21 @@ def test_a_killed_rank_takes_no_weights_with_it(results):
     assert all(all(found) for found in others[1:])
 
 
+@needs_fsdp2
 @pytest.mark.parametrize("when", ["EARLY_1", "EARLY_2"])
 def test_a_rank_killed_in_an_earlier_pass_takes_no_weights_with_it(tmp_path, when):
     assert ranks.run(__name__, 2, tmp_path, scenarios=when)("killed") == [[True], None]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_an_older_torch_is_refused_before_anything_changes(monkeypatch):
+    model = shard(network())
+    optimizer = optimizer_of(model)
+    before = shards(model)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1"))
+    with pytest.raises(ValueError, match=r"2\.13 on.*2\.12\.1.*DistributedDataParallel"):
+        optimizer.backward(closures_of(model, 0, [12], 0))
+    assert same(before, shards(model))
+    assert all(isinstance(param, DTensor) and param.grad is None for param in model.parameters())
+    optimizer.base.step(lambda: closures_of(model, 0, [12], 0)[0](None).mean().backward())
+    assert not same(before, shards(model))

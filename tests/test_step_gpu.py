@@ -53,6 +53,22 @@ def test_a_step_makes_no_sync(options: dict, dtype: torch.dtype) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_a_scaler_waits_for_the_device_in_its_own_step_alone() -> None:
+    model, scaler = a_network().cuda(), torch.amp.GradScaler("cuda")
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+    inputs, targets = torch.randn(16, 3, 8, 8, device="cuda"), torch.randint(10, (16,), device="cuda")
+    try:
+        for step in range(8):
+            torch.cuda.set_sync_debug_mode("default" if step < 4 else "error")  # at first kernels are compiled
+            with torch.autocast("cuda", torch.float16):
+                optimizer.backward(batch_closure(model, cross_entropy, inputs, targets), scaler)
+            torch.cuda.set_sync_debug_mode("default")
+            scaler.step(optimizer)
+            scaler.update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("granularity", ["tensor", "element"])
 def test_the_gradient_is_the_cpu_s(granularity: str) -> None:
     """In float64, so that both devices select the same samples; the masks are the same bits anyway."""
