@@ -16,7 +16,7 @@ bench: $(READY)  # what SGD, SAM and ESAM cost and buy here, in short, with a re
 	$(BIN)/python -m benchmarks memory --output build/bench
 	$(BIN)/python -m benchmarks report --results build/bench
 
-results: $(READY)  # the same in full, into benchmarks/results and the README; half an hour on 2 quiet cores
+results: $(READY)  # the same in full, into benchmarks/results and the README; 40 minutes on 2 quiet cores
 	$(BIN)/python -m benchmarks train
 	$(BIN)/python -m benchmarks step_cost --time-budget 900
 	$(BIN)/python -m benchmarks frontier --restart
