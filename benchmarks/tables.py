@@ -226,9 +226,7 @@ def step_cost(result: dict[str, Any]) -> str:
         f"{settings['model']}{width}, batch {settings['batch_size']}{amp}, {size}, medians and quartiles of "
         f"{result['rounds']} interleaved rounds; operators: {result['backend']}. {machine(result)}"
     )
-    missing = "; ".join(
-        f"{(METHODS | VARIANTS)[name].label}: {why}" for name, why in result.get("left_out", {}).items()
-    )
+    missing = "; ".join(f"{(METHODS | VARIANTS)[name].label}: {why}" for name, why in result["left_out"].items())
     return "\n\n".join(
         [
             table(["step", "ms", "over SGD"], methods),
