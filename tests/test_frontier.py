@@ -437,7 +437,14 @@ def test_configurations_without_sgd_or_bf16_under_amp_are_refused_or_left_out(ca
         frontier.parse_args(["--configurations", "esam"])
     assert "--configurations lacks sgd" in capsys.readouterr().err
     assert not any("bf16" in name for name in frontier.parse_args(["--amp", "bf16"]).configurations)
-    assert len(frontier.parse_args(["--quick"]).configurations) < len(frontier.parse_args([]).configurations)
+
+
+def test_the_quick_form_has_fewer_runs_of_the_same_length_and_the_early_stopped_control():
+    quick, full = frontier.parse_args(["--quick"]), frontier.parse_args([])
+    assert (quick.epochs, quick.label_noise) == (full.epochs, full.label_noise)
+    assert {"sgd", "sam", "esam", "sgd-short"} <= set(quick.configurations) < set(full.configurations)
+    assert quick.seeds < full.seeds
+    assert quick.rounds < full.rounds
 
 
 @pytest.mark.parametrize(
