@@ -45,7 +45,7 @@ sanitize: $(READY)
 	$(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	PYTHONSAFEPATH=1 PYTHONPATH=build/sanitize/lib \
-	$(BIN)/python -m pytest -q --capture=sys tests/test_operators.py tests/test_native.py tests/test_cuda_kernels_emulated.py \
+	$(BIN)/python -m pytest -q --capture=sys tests/operators/test_operators.py tests/operators/test_native.py tests/operators/test_cuda_kernels_emulated.py \
 		-k "native-cpu or threads or version or differ or larger or refuse or emulated"
 
 # Everything that needs a GPU, in under 9 minutes, with the Python that is there: it needs no network and no environment.
@@ -53,8 +53,8 @@ test-gpu: export PYTHONPATH := .
 test-gpu:
 	timeout 120 $(PYTHON) setup.py --quiet build_ext --inplace
 	status=0; \
-	timeout 150 $(PYTHON) -m pytest -q -p no:cacheprovider tests/test_operators.py || status=$$?; \
-	timeout 90 $(PYTHON) -m pytest -q -p no:cacheprovider -m gpu $(shell grep -l mark.gpu tests/test_*.py) || status=$$?; \
+	timeout 150 $(PYTHON) -m pytest -q -p no:cacheprovider tests/operators/test_operators.py || status=$$?; \
+	timeout 90 $(PYTHON) -m pytest -q -p no:cacheprovider -m gpu $(shell grep -rl --include=test_*.py mark.gpu tests) || status=$$?; \
 	timeout 180 $(PYTHON) -m benchmarks kernels --device cuda || status=$$?; \
 	exit $$status
 
@@ -103,7 +103,7 @@ sanitize-gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	for tool in memcheck racecheck; do \
 		compute-sanitizer --tool $$tool --error-exitcode 1 \
-		$(PYTHON) -m pytest -q -p no:cacheprovider tests/test_operators.py -k native-cuda || exit 1; \
+		$(PYTHON) -m pytest -q -p no:cacheprovider tests/operators/test_operators.py -k native-cuda || exit 1; \
 	done
 
 clean:

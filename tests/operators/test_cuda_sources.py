@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCES = sorted((Path(__file__).parents[1] / "csrc").rglob("*.cu"))
+SOURCES = sorted((Path(__file__).parents[2] / "csrc").rglob("*.cu"))
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Werror=all-warnings", "-Xptxas=-v"]
 OPERATORS = ("squared_norm_kernel", "add_up_kernel", "perturb_kernel", "restore_kernel", "select_top_kernel")
 REGISTERS = 64  # with these, 1024 threads fit on a multiprocessor

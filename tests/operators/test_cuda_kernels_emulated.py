@@ -14,7 +14,7 @@ from torch.utils import cpp_extension
 
 from esam_kernels.ops import native
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EMULATOR = Path(__file__).with_name("cuda_emulator")
 COMPILER = os.environ.get("CXX", "c++")
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-pthread", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -70,7 +70,13 @@ def run(package, *command, **environment):
 )
 def test_the_tests_of_all_backends(package, order, tests):
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "-k", tests]
-    printed = run(package, *command, "tests/test_operators.py", "tests/test_native.py", CUDA_EMULATOR_ORDER=order)
+    printed = run(
+        package,
+        *command,
+        "tests/operators/test_operators.py",
+        "tests/operators/test_native.py",
+        CUDA_EMULATOR_ORDER=order,
+    )
     assert " passed" in printed
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from esam_kernels import ESAM, batch_closure
 from esam_kernels.weight_mask import draw_tensors
 
-PAGE = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
 INTRODUCTION, *SECTIONS = re.split(r"^## ", PAGE, flags=re.MULTILINE)
 RECIPES = dict(section.split("\n", 1) for section in SECTIONS)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

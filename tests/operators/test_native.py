@@ -14,7 +14,7 @@ from esam_kernels import ops
 from esam_kernels.ops import native
 from esam_kernels.ops.reference import ElementMask
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WHY_NOT = native.unsupported(torch.ones(1))
 built = pytest.mark.skipif(WHY_NOT is not None, reason=f"native CPU operators: {WHY_NOT}")
 
