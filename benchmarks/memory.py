@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from esam_kernels import ESAM, batch_closure, ops
-from esam_kernels.weight_mask import draw_tensors
+from esam_kernels.passes.draw import draw_tensors
 
 from . import models, options, record, tables
 from .measure import peak_memory

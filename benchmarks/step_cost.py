@@ -38,8 +38,8 @@ from esam_kernels import ESAM, ops
 from esam_kernels.closure import Losses
 from esam_kernels.model_state import ModelState
 from esam_kernels.optimizer import STEP
-from esam_kernels.sharpness import count
-from esam_kernels.weight_mask import draw_tensors
+from esam_kernels.options import count_of as count
+from esam_kernels.passes.draw import draw_tensors
 
 from . import authors, data, models, options, record, tables
 from .measure import Stopwatch, ratio, spread, turn

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from esam_kernels.sharpness import count
+from esam_kernels.options import count_of as count
 
 from .methods import METHODS, VARIANTS
 from .models import LANGUAGE_MODELS, MODELS
