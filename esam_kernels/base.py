@@ -12,6 +12,10 @@ from .ops.reference import is_dense
 from .options import OPTIONS, STEP, STORED
 from .sharding import local_shard
 
+_WITHOUT_FIRST_MOMENT = (
+    torch.optim.Adadelta, torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.ASGD, torch.optim.Rprop
+)  # fmt: skip
+
 
 def of_base(name: str) -> Any:
     """An attribute that is the base optimizer's, also when it is set and deleted."""
@@ -66,6 +70,37 @@ def make_base(
     made = base(params, **base_options)
     check_not_empty(params_of(made.param_groups))
     return made, {name: name for name in STORED}
+
+
+def check_ascent(base: torch.optim.Optimizer, ascent: str, groups: Iterable[dict[str, Any]]) -> None:
+    """Refuse a direction that the base optimizer is known not to have, before it has any state.
+
+    Args:
+        base: the base optimizer.
+        ascent: the option.
+        groups: the parameter groups that are to be perturbed.
+
+    Raises:
+        ValueError: if it keeps no first moment and that is to be climbed along, or keeps a part of the state alone.
+    """
+    if ascent == "gradient":
+        return
+    name = type(base).__name__
+    if hasattr(base, "consolidate_state_dict"):  # torch's ZeroRedundancyOptimizer
+        raise ValueError(
+            f"ascent = {ascent!r}: {name} keeps the state of each parameter on one rank alone, so the others do not "
+            "know the direction: set ascent='gradient', or shard the model with fully_shard"
+        )
+    if ascent == "momentum":
+        without = type(base) in _WITHOUT_FIRST_MOMENT or any(
+            group.get("momentum") == 0 and "betas" not in group for group in groups
+        )
+        if without:
+            raise ValueError(
+                f"ascent = 'momentum': {name}{'' if type(base) in _WITHOUT_FIRST_MOMENT else ' with momentum = 0'} "
+                "keeps no first moment: give it momentum=0.9 if it has that option, take another such as AdamW, or set "
+                "ascent='previous' or 'gradient'"
+            )
 
 
 def check_params(groups: Sequence[dict[str, Any]]) -> None:

@@ -14,7 +14,10 @@ Closure = Callable[[Tensor | None], Losses]
 
 
 class BatchClosure:
-    """The closure that ``batch_closure`` makes. It carries the model, so that ESAM can look after its buffers."""
+    """The closure that ``batch_closure`` makes.
+
+    It carries the model, so that ESAM can look after its buffers, and knows how many rows its batch has, and where.
+    """
 
     def __init__(
         self,
@@ -23,8 +26,11 @@ class BatchClosure:
         inputs: Any,
         targets: Any,
         shared: Collection[str],
+        rows: Tensor,
     ) -> None:
         self.model = model
+        self.size = len(rows)
+        self.device = rows.device
         self._loss_fn = loss_fn
         self._inputs = inputs
         self._targets = targets
@@ -70,13 +76,13 @@ def batch_closure(
             nothing.
         TypeError: if an entry is neither a tensor nor a number nor None and is not named as shared.
     """
-    sizes: dict[str, int] = {}
+    batch: dict[str, Tensor] = {}
     seen: set[str] = set()
 
     def measure(rows: Tensor, path: str) -> Tensor:
         if rows.dim() == 0:
             raise ValueError(f"{path} has no dimension to take rows along: name it as shared=({path!r},)")
-        sizes[path] = len(rows)
+        batch[path] = rows
         return rows
 
     for name, value in (("inputs", inputs), ("targets", targets)):
@@ -85,16 +91,16 @@ def batch_closure(
         raise ValueError(
             f"shared names {unknown[0]!r}, which the batch does not have: paths begin with inputs or targets"
         )
-    if not sizes:
+    if not batch:
         raise ValueError("the batch has no tensor to take rows of")
-    first, size = next(iter(sizes.items()))
-    for path, other in sizes.items():
-        if other != size:
+    first, rows = next(iter(batch.items()))
+    for path, other in batch.items():
+        if len(other) != len(rows):
             raise ValueError(
-                f"{path} has {other} rows but {first} has {size}: "
+                f"{path} has {len(other)} rows but {first} has {len(rows)}: "
                 f"name it as shared=({path!r},) if it belongs to the whole batch"
             )
-    return BatchClosure(model, loss_fn, inputs, targets, shared)
+    return BatchClosure(model, loss_fn, inputs, targets, shared, rows)
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:

@@ -6,31 +6,27 @@ Contexts such as ``torch.no_grad`` are applied as decorators in the passes and n
 that lands between the body of a block and its exit would leave the context entered.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from .options import Settings
-from .passes.ascend import ascend, check_gradient, check_reached
+from .closure import BatchClosure
+from .passes.ascend import Ascent, ascend, check_gradient, check_reached
 from .passes.descend import descend
 from .passes.evaluate import mean
 from .passes.perturb import perturb, restore
 from .passes.select import look, select
+from .passes.sources import along_momentum, along_previous
+from .schedule import is_sharp, passes
 from .step import Step
 
-
-def is_sharp(step: Step) -> bool:
-    """Whether the step is a sharpness-aware one."""
-    return bool(step.weights) and step.number % step.settings.interval == 0
-
-
-def passes(settings: Settings) -> tuple[str, ...]:
-    """The passes of a sharpness-aware step: forwards of the whole batch, but for the last."""
-    looks = settings.gamma < 1 and settings.selection == "increase"
-    return ("ascend", "look", "descend") if looks else ("ascend", "descend")
+WITHOUT_PASS: dict[str, Callable[[Step], Ascent]] = {"momentum": along_momentum, "previous": along_previous}
 
 
 def backward(step: Step) -> Tensor:
-    """Leave the step's gradient in ``.grad``; the mean loss at w, 0-dimensional, detached, on the losses' device."""
-    return sharp_backward(step) if is_sharp(step) else plain_backward(step)
+    """Leave the step's gradient in ``.grad``; the mean loss of the first forward, 0-dimensional, detached."""
+    sharp = step.weights and is_sharp(step.settings, step.number)
+    return sharp_backward(step) if sharp else plain_backward(step)
 
 
 def plain_backward(step: Step) -> Tensor:
@@ -40,31 +36,38 @@ def plain_backward(step: Step) -> Tensor:
 
 
 def sharp_backward(step: Step) -> Tensor:
-    """The sharpness-aware gradient: ascend, perturb, look, select, descend, restore."""
-    state = step.model_state
-    if state.shards and step.settings.select_over == "all" and len(step.closures) > 1:
+    """The sharpness-aware gradient: survey, ascend, perturb, look, select, descend, restore, each if it is needed."""
+    state, settings = step.model_state, step.settings
+    if state.shards and settings.select_over == "all" and len(step.closures) > 1:
         raise ValueError(
             "select_over='all' may leave out a micro-batch on one rank and not on another, where every rank has to "
             "gather the sharded weights for it: set select_over='micro_batch'"
         )
+    todo = passes(settings, all(isinstance(closure, BatchClosure) for closure in step.closures))
     replay_random_state = state.keep(step.rollback)
-    use_replicas = state.bypass_replicas(step.rollback)
+    use_replicas = state.bypass_replicas(step.rollback) if len(todo) > 1 else None
 
-    ascent = ascend(step)
-    put_back_buffers = state.keep_buffers()
+    surveyed = look(step) if "survey" in todo else []
+    put_back_buffers = state.keep_buffers() if surveyed else None  # to what the first forward of several has left
+    ascent = ascend(step, surveyed) if "ascend" in todo else WITHOUT_PASS[settings.ascent](step)
+    if "ascend" in todo and not surveyed:
+        put_back_buffers = state.keep_buffers()
+    before = surveyed or (ascent.losses if settings.ascent_share == 1 else [])  # of all rows at w, if they are known
     perturbation = perturb(step, ascent)
 
     after = []
-    if "look" in passes(step.settings):
-        replay_random_state()  # what drops out is what pass 1 dropped
-        after = look(step, ascent.before)
-    use_replicas()
-    rows = select(step, ascent.before, after)
-    descend(step, rows, ascent.before, perturbation.norm)
+    if "look" in todo:
+        replay_random_state()  # what drops out is what the first pass dropped
+        after = look(step, before)
+    if use_replicas is not None:
+        use_replicas()
+    rows = select(step, before, after)
+    descended = descend(step, rows, before, perturbation.norm)
     for weight in step.weights:  # the drawn ones were checked in pass 1; what is refused must not depend on the draw
         check_gradient(weight, weight.param.grad)
-    check_reached(ascent)
+    check_reached(step, ascent)
 
     restore(step, perturbation)
-    put_back_buffers()
-    return mean(ascent.before)
+    if put_back_buffers is not None:
+        put_back_buffers()
+    return mean(surveyed or ascent.losses or descended)

@@ -1,4 +1,4 @@
-"""The forward at the perturbed weights, and the samples that the gradient is taken on: those whose loss rose most.
+"""The forwards without a graph, and the samples that the gradient is taken on: those whose loss rose most.
 
 Source: sharpness-sensitive data selection, ESAM (Du et al., ICLR 2022, arXiv 2110.03141) section 3.2.
 """
@@ -10,17 +10,27 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.reference import SAMPLE_STREAM, element_words
+from ..closure import BatchClosure
+from ..ops.reference import SAMPLE_STREAM
 from ..options import count_of
 from ..step import Step
+from .draw import random_scores
 from .evaluate import MicroBatch, steered
 
 
-def look(step: Step, before: Sequence[MicroBatch]) -> list[MicroBatch]:
-    """Pass 2: the losses at the weights as they are, without a graph, as many as there were ``before``."""
+def look(step: Step, before: Sequence[MicroBatch] = ()) -> list[MicroBatch]:
+    """The losses at the weights as they are, without a graph; as many as there were ``before``, if that is known."""
     step.model_state.forget_weight_copies()
     evaluate = torch.no_grad()(steered(step))
-    return [evaluate(step, closure, size=len(one.losses), graph=False) for closure, one in zip(step.closures, before)]
+    sizes: Sequence[int | None] = [len(one.losses) for one in before] or [None] * len(step.closures)
+    return [evaluate(step, closure, size=size, graph=False) for closure, size in zip(step.closures, sizes)]
+
+
+def extents(step: Step, before: Sequence[MicroBatch]) -> list[tuple[int, torch.device]]:
+    """How many rows each micro-batch has and where, from its losses, or without them from its closure."""
+    if before:
+        return [(len(one.losses), one.losses.device) for one in before]
+    return [(closure.size, closure.device) for closure in step.closures if isinstance(closure, BatchClosure)]
 
 
 def select(step: Step, before: Sequence[MicroBatch], after: Sequence[MicroBatch]) -> list[Tensor | None]:
@@ -28,23 +38,22 @@ def select(step: Step, before: Sequence[MicroBatch], after: Sequence[MicroBatch]
 
     Args:
         step: the step.
-        before: losses at w.
+        before: losses at w; none if no pass found those of all rows, which a random selection can do without.
         after: losses at w + e, if the selection needs them.
     """
     settings = step.settings
     if settings.gamma == 1:
-        return [None] * len(before)
-    low = [one.losses for one in before]
-    if settings.selection == "increase":
-        high = [one.losses for one in after]
+        return [None] * len(step.closures)
+    if settings.selection == "random":
+        high = [random_scores(step, SAMPLE_STREAM, i, *extent) for i, extent in enumerate(extents(step, before))]
     else:
-        high = low if settings.selection == "loss" else [random_scores(step, i, x) for i, x in enumerate(low)]
-        low = [torch.zeros_like(x) for x in high]
+        high = [one.losses for one in (after if settings.selection == "increase" else before)]
+    low = [one.losses for one in before] if settings.selection == "increase" else [torch.zeros_like(x) for x in high]
     for i, one in enumerate(before):
         if one.sample_weights is not None:  # what has no weight, such as rows of padding, comes last
             padding = one.sample_weights == 0
             low[i], high[i] = low[i].masked_fill(padding, 0), high[i].masked_fill(padding, -math.inf)
-    if settings.select_over == "micro_batch" or len(before) == 1:
+    if settings.select_over == "micro_batch" or len(high) == 1:
         return [ops.select_top(a, b, count_of(settings.gamma, len(a))) for a, b in zip(low, high)]
     sizes = [len(x) for x in low]
     index = ops.select_top(torch.cat(low), torch.cat(high), count_of(settings.gamma, sum(sizes)))
@@ -53,9 +62,3 @@ def select(step: Step, before: Sequence[MicroBatch], after: Sequence[MicroBatch]
     cuts = torch.searchsorted(index, ends.to(index.device)).tolist()
     starts = [0, *ends.tolist()]
     return [index[i:j] - start for i, j, start in zip([0, *cuts], cuts, starts)]
-
-
-def random_scores(step: Step, micro_batch: int, losses: Tensor) -> Tensor:
-    """Uniform numbers for the samples of a micro-batch, from the seed and the step alone."""
-    words = element_words(step.settings.seed, step.number, micro_batch, SAMPLE_STREAM, 0, len(losses), losses.device)
-    return words.to(torch.float32)
