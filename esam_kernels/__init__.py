@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .closure import batch_closure
+    from .layers import param_groups_by_layer
     from .optimizer import ESAM
 
-__all__ = ["ESAM", "batch_closure"]
+__all__ = ["ESAM", "batch_closure", "param_groups_by_layer"]
 
-_HOMES = {"ESAM": ".optimizer", "batch_closure": ".closure"}
+_HOMES = {"ESAM": ".optimizer", "batch_closure": ".closure", "param_groups_by_layer": ".layers"}
 
 
 def __getattr__(name: str) -> Any:
