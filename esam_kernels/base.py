@@ -72,7 +72,7 @@ def make_base(
     return made, {name: name for name in STORED}
 
 
-def check_ascent(base: torch.optim.Optimizer, ascent: str, groups: Iterable[dict[str, Any]]) -> None:
+def check_ascent(base: torch.optim.Optimizer, ascent: str, groups: Sequence[dict[str, Any]]) -> None:
     """Refuse a direction that the base optimizer is known not to have, before it has any state.
 
     Args:
@@ -83,7 +83,7 @@ def check_ascent(base: torch.optim.Optimizer, ascent: str, groups: Iterable[dict
     Raises:
         ValueError: if it keeps no first moment and that is to be climbed along, or keeps a part of the state alone.
     """
-    if ascent == "gradient":
+    if ascent == "gradient" or not groups:
         return
     name = type(base).__name__
     if hasattr(base, "consolidate_state_dict"):  # torch's ZeroRedundancyOptimizer
@@ -92,13 +92,11 @@ def check_ascent(base: torch.optim.Optimizer, ascent: str, groups: Iterable[dict
             "know the direction: set ascent='gradient', or shard the model with fully_shard"
         )
     if ascent == "momentum":
-        without = type(base) in _WITHOUT_FIRST_MOMENT or any(
-            group.get("momentum") == 0 and "betas" not in group for group in groups
-        )
-        if without:
+        switched_off = any(group.get("momentum") == 0 and "betas" not in group for group in groups)
+        if switched_off or type(base) in _WITHOUT_FIRST_MOMENT:
             raise ValueError(
-                f"ascent = 'momentum': {name}{'' if type(base) in _WITHOUT_FIRST_MOMENT else ' with momentum = 0'} "
-                "keeps no first moment: give it momentum=0.9 if it has that option, take another such as AdamW, or set "
+                f"ascent = 'momentum': {name}{' with momentum = 0' if switched_off else ''} keeps no first moment: "
+                f"{'set momentum=0.9' if switched_off else 'take SGD with momentum, or AdamW'}, or set "
                 "ascent='previous' or 'gradient'"
             )
 
