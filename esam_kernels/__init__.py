@@ -6,10 +6,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .closure import batch_closure
     from .optimizer import ESAM
+    from .passes.current import current_pass, first_pass
 
-__all__ = ["ESAM", "batch_closure"]
+__all__ = ["ESAM", "batch_closure", "current_pass", "first_pass"]
 
-_HOMES = {"ESAM": ".optimizer", "batch_closure": ".closure"}
+_HOMES = {
+    "ESAM": ".optimizer",
+    "batch_closure": ".closure",
+    "current_pass": ".passes.current",
+    "first_pass": ".passes.current",
+}
 
 
 def __getattr__(name: str) -> Any:

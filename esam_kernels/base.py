@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .ops.reference import is_dense
 from .options import OPTIONS, STEP, STORED
-from .sharding import local_shard
+from .sharding import is_sharded, local_shard
 
 
 def of_base(name: str) -> Any:
@@ -89,19 +90,48 @@ def check_storage(params: Sequence[Tensor]) -> None:
     """Refuse parameters that share elements: the backup of one would hold the perturbed elements of the other.
 
     Raises:
-        ValueError: if two do.
+        ValueError: if two do, or one holds an element twice.
     """
-    spans = []
-    for param in map(local_shard, params):
-        if param.numel() > 0 and param.device.type != "meta" and is_dense(param):
-            spans.append((param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), list(param.shape)))
-    spans.sort(key=lambda span: span[:2])
-    for (_, end, shape), (start, _, other) in itertools.pairwise(spans):
-        if start < end:
+    stored = [local_shard(param) for param in params if not is_lazy(param) and param.device.type != "meta"]
+    stored = [param for param in stored if param.numel() > 0]
+    spans = sorted(((*_span(param), i) for i, param in enumerate(stored)), key=lambda span: span[:2])
+    for param in stored:
+        if not is_dense(param) and _addresses(param).unique().numel() < param.numel():
             raise ValueError(
-                f"parameters of shapes {shape} and {other} share memory: to tie weights, use one Parameter in both "
-                "places"
+                f"a parameter of shape {list(param.shape)} and strides {list(param.stride())} holds elements twice: "
+                "give a contiguous one, such as its clone()"
             )
+    for place, (_, end, i) in enumerate(spans):
+        for start, _, j in itertools.islice(spans, place + 1, None):
+            if start >= end:
+                break
+            one, other = stored[i], stored[j]
+            if (is_dense(one) and is_dense(other)) or torch.isin(_addresses(one), _addresses(other)).any():
+                raise ValueError(
+                    f"parameters of shapes {list(one.shape)} and {list(other.shape)} share memory: to tie weights, use "
+                    "one Parameter in both places"
+                )
+
+
+def _span(param: Tensor) -> tuple[int, int]:
+    """The addresses that its elements lie between."""
+    last = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride()))
+    return param.data_ptr(), param.data_ptr() + (last + 1) * param.element_size()
+
+
+def _addresses(param: Tensor) -> Tensor:
+    """The address of each element, int64."""
+    places = torch.zeros((), dtype=torch.int64)
+    for size, stride in zip(param.shape, param.stride()):
+        places = places[..., None] + torch.arange(size) * stride
+    return param.data_ptr() + places.flatten() * param.element_size()
+
+
+def storage_of(params: Sequence[Tensor]) -> list[int]:
+    """Where the parameters lie, to see whether ``check_storage`` has to be asked again."""
+    if any(map(is_lazy, params)) or any(map(is_sharded, params)):  # these do not say; FSDP2 keeps its own apart
+        return []
+    return list(map(Tensor.data_ptr, params))
 
 
 def check_not_empty(params: Any) -> None:

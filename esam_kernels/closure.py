@@ -25,7 +25,7 @@ class BatchClosure:
         shared: Collection[str],
     ) -> None:
         self.model = model
-        self._loss_fn = loss_fn
+        self.loss_fn = loss_fn
         self._inputs = inputs
         self._targets = targets
         self._shared = frozenset(shared)
@@ -42,7 +42,7 @@ class BatchClosure:
             outputs = self.model(*inputs)
         else:
             outputs = self.model(inputs)
-        return self._loss_fn(outputs, targets)
+        return self.loss_fn(outputs, targets)
 
 
 def batch_closure(

@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from .rollback import Rollback
 from .sharding import ShardedModules
+from .warn import warn
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,6 +29,8 @@ class Findings:
     written: list[int] | None = None
     # Whether forwards ask for gradients themselves, as those of physics-informed networks do.
     forward_needs_graph: bool = False
+    # Whether it has been looked for state that the passes of a step would share.
+    watched: bool = False
 
 
 class Start(NamedTuple):
@@ -47,6 +50,7 @@ class ModelState:
         self._replicas = [module for module in self._modules if isinstance(module, DistributedDataParallel)]
         self.shards = ShardedModules(self._modules, params)
         self._params = params
+        self._ids = {id(param) for param in params}
         self._devices = sorted({param.device for param in params} - {torch.device("cpu")}, key=str)
 
     def keep(self, rollback: Rollback, findings: Findings, send_buffers: bool = False) -> Start:
@@ -98,6 +102,40 @@ class ModelState:
                 findings.written = written
 
         return first_pass_has_run
+
+    def watch(self, findings: Findings) -> Callable[[], None]:
+        """In the first step, look for tensors outside of buffers that a forward writes; a warning says which.
+
+        Returns:
+            The function to call when the first pass has run.
+        """
+        if findings.watched or self.shards:
+            return lambda: None
+        tensors = {
+            f"{type(module).__name__}.{name}": tensor
+            for module in self._modules
+            for name, tensor in (*vars(module).items(), *self._foreign_parameters(module))
+            if isinstance(tensor, Tensor) and not is_lazy(tensor) and not tensor.is_inference()
+        }
+        versions = {name: tensor._version for name, tensor in tensors.items()}
+
+        def first_pass_has_run() -> None:
+            findings.watched = True
+            written = sorted(name for name, tensor in tensors.items() if tensor._version != versions[name])
+            if written:
+                warn(
+                    f"forwards write {', '.join(written)}, outside of buffers: each pass of a step does so. Make it a "
+                    "buffer, which every pass then finds as it was before the step, or update it only if "
+                    "esam_kernels.current_pass() in (None, esam_kernels.first_pass())"
+                )
+
+        return first_pass_has_run
+
+    def _foreign_parameters(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """The module's own parameters that the optimizer does not have, such as a momentum encoder's."""
+        for name, param in module._parameters.items():
+            if param is not None and id(param) not in self._ids:
+                yield name, param
 
     def _was_written(self, place: int, version: int, value: Tensor) -> bool:
         param = self._params[place]
@@ -193,6 +231,26 @@ class ModelState:
         if self.shards:
             return self.shards.accumulated()
         return [param.grad for param in self._params if param.grad is not None]
+
+    def watch_gradients(self) -> Callable[[], None]:
+        """Before a call of a closure; the function that is returned, called after it, refuses what it did to gradients.
+
+        It raises a RuntimeError.
+        """
+        if self.shards:  # whose gradients are elsewhere until they are reduced
+            return lambda: None
+        grads = self.unsynchronized_gradients()
+        version = grads[0]._version if grads else 0
+
+        def unchanged() -> None:
+            found = self.unsynchronized_gradients()
+            if len(found) != len(grads) or (grads and (found[0] is not grads[0] or grads[0]._version != version)):
+                raise RuntimeError(
+                    "a closure has changed the gradients in .grad: it returns losses, and leaves backward() and "
+                    "zero_grad() to the optimizer, also model.zero_grad(), which would lose earlier micro-batches"
+                )
+
+        return unchanged
 
     def forget_weight_copies(self) -> None:
         """Give up copies of the weights, which survive in-place changes of the weights themselves.

@@ -1,15 +1,17 @@
 """ESAM as a ``torch.optim.Optimizer``: parameter groups, state, and the two halves of a step."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from . import options, sharpness
-from .base import check_params, check_storage, make_base, of_base, params_of
+from .base import check_params, check_storage, make_base, of_base, params_of, storage_of
 from .closure import Closure
 from .model_state import Findings, ModelState
 from .options import OPTIONS, STEP, STORED
@@ -18,10 +20,25 @@ from .passes.draw import drawn
 from .passes.perturb import Perturbation, perturb
 from .rollback import Rollback
 from .step import Step, Weight
+from .warn import warn
 
 # No part of a step is traced by torch.compile, which would lose what happens between tensors and optimizer: whoever
 # compiles a whole training step gets a graph break there. Models compiled by themselves stay so.
 eager = torch.compiler.disable
+
+
+def _registers_for_owner(name: str) -> Any:
+    """The base optimizer's method of that name, whose hooks get the ESAM that they were registered on."""
+
+    @wraps(getattr(torch.optim.Optimizer, name))
+    def register(self: "ESAM", hook: Callable[..., Any], *args: Any, **kwargs: Any) -> RemovableHandle:
+        return getattr(self.base, name)(partial(_call_for_owner, self, hook), *args, **kwargs)
+
+    return register
+
+
+def _call_for_owner(owner: "ESAM", hook: Callable[..., Any], _base: torch.optim.Optimizer, *args: Any) -> Any:
+    return hook(owner, *args)
 
 
 @dataclass
@@ -35,6 +52,9 @@ class _Progress:
     perturbation: Perturbation | None = None  # between first_step() and second_step()
     has_gradient: bool = False  # between backward() and step()
     findings: Findings = field(default_factory=Findings)  # of the steps before
+    storage: list[int] = field(default_factory=list)  # where the parameters lay when they were checked last
+    scaler_states: Any = None  # of the grad scaler of the last backward(), which makes new ones in its update()
+    warned: set[str] = field(default_factory=set)
 
 
 class ESAM(torch.optim.Optimizer):
@@ -86,7 +106,7 @@ class ESAM(torch.optim.Optimizer):
         options.read(groups, keys)
         check_params(base.param_groups)
         check_storage(params_of(base.param_groups))
-        self.base = base
+        self.base: torch.optim.Optimizer = base
         self.model = model
         self._keys = keys
         self._progress = _Progress()
@@ -94,7 +114,14 @@ class ESAM(torch.optim.Optimizer):
         for group, own_settings in zip(base.param_groups, groups):
             group.update(own_settings)
 
-    # One truth: the base optimizer's.
+    # One truth: the base optimizer's, whose hooks are called with this optimizer.
+
+    register_step_pre_hook = _registers_for_owner("register_step_pre_hook")
+    register_step_post_hook = _registers_for_owner("register_step_post_hook")
+    register_state_dict_pre_hook = _registers_for_owner("register_state_dict_pre_hook")
+    register_state_dict_post_hook = _registers_for_owner("register_state_dict_post_hook")
+    register_load_state_dict_pre_hook = _registers_for_owner("register_load_state_dict_pre_hook")
+    register_load_state_dict_post_hook = _registers_for_owner("register_load_state_dict_post_hook")
 
     param_groups = of_base("param_groups")
     state = of_base("state")
@@ -209,6 +236,7 @@ class ESAM(torch.optim.Optimizer):
         if not torch.is_grad_enabled():
             raise RuntimeError("backward() was called under torch.no_grad() or inference_mode(): call it outside")
         closures = _check_closures(closure)
+        self._warn_of_lost_gradient(grad_scaler)
         rollback = Rollback()
         step = self._make_step(rollback, closures, grad_scaler)
 
@@ -240,6 +268,8 @@ class ESAM(torch.optim.Optimizer):
             closure()
         elif closure is not None:
             loss = self.backward(closure)
+        elif not self._progress.has_gradient:
+            self._warn_of_plain_step()
 
         def work() -> None:  # nothing to undo, but signals come before the base optimizer's step, or after it
             self.base.step()
@@ -293,6 +323,7 @@ class ESAM(torch.optim.Optimizer):
         """
         self.restore()
         self._set_step_count(self._step_count + 1)
+        self._progress.has_gradient = True
         self.step()
         if zero_grad:
             self.zero_grad()
@@ -335,6 +366,11 @@ class ESAM(torch.optim.Optimizer):
         """The step that comes next, with the settings as they stand in the groups now, checked."""
         settings, own = options.read(self.param_groups, self._keys)
         check_params(self.param_groups)
+        params = params_of(self.param_groups)
+        storage = storage_of(params)
+        if storage != self._progress.storage:  # somebody gave a parameter other memory
+            check_storage(params)
+            self._progress.storage = storage
         weights, tensor_id = [], 0
         for group, group_settings in zip(self.param_groups, own):
             for param in group["params"]:
@@ -345,9 +381,39 @@ class ESAM(torch.optim.Optimizer):
         return Step(self._step_count, settings, weights, closures, state, rollback, findings, grad_scaler)
 
     def _model_state(self, closures: Sequence[Closure] = ()) -> ModelState:
-        models = [self.model, *(getattr(closure, "model", None) for closure in closures)]
+        models = [self.model, *(getattr(one, name, None) for one in closures for name in ("model", "loss_fn"))]
         # A closure written by hand may call anything its model.
         return ModelState([model for model in models if isinstance(model, nn.Module)], params_of(self.param_groups))
+
+    def _warn_of_plain_step(self) -> None:
+        # What does not move, as the step by which torch.distributed.checkpoint makes the state, means nothing else.
+        groups = [group for group in self.param_groups if group[self._keys["rho"]] > 0 and group.get("lr", 1) != 0]
+        sharp = params_of(groups)
+        if any(param.grad is not None for param in sharp):
+            self._warn_once(
+                "plain step",
+                "step() takes a plain step of the base optimizer, since no backward() of ESAM came before it: call "
+                "optimizer.backward(batch_closure(model, loss_fn, inputs, targets)) in place of loss.backward(), or "
+                "set rho=0 to mean it",
+            )
+
+    def _warn_of_lost_gradient(self, grad_scaler: torch.amp.GradScaler | None) -> None:
+        states = getattr(grad_scaler, "_per_optimizer_states", None)
+        # A scaler that found an overflow has left step() out, and has been updated since.
+        stepped = states is not None and states is not self._progress.scaler_states
+        left = self._progress.has_gradient and not stepped
+        if left and any(param.grad is not None for param in params_of(self.param_groups)):
+            self._warn_once(
+                "lost gradient",
+                "backward() replaces the gradient of the backward() before it, with which no step was taken: to "
+                "accumulate micro-batches give it all of their closures in one list, or call zero_grad() to drop it",
+            )
+        self._progress.scaler_states = states
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._progress.warned:
+            self._progress.warned.add(what)
+            warn(message)
 
     def _require_idle(self, action: str) -> None:
         if self._progress.phase:

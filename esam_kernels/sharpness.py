@@ -55,9 +55,12 @@ def sharp_backward(step: Step) -> Tensor:
     start = state.keep(step.rollback, step.findings, send_buffers=True)
     use_replicas = state.bypass_replicas(step.rollback)
 
+    watched = state.watch(step.findings)
+
     enter(step, "ascend")
     ascent = ascend(step)
     start.first_pass_has_run()
+    watched()
     put_back_buffers = state.keep_buffers()
     perturbation = perturb(step, ascent)
 

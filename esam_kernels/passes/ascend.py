@@ -1,6 +1,5 @@
 """Pass 1: the losses at w, and the gradient of the drawn weights, along which they are perturbed."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..step import Step, Weight
+from ..warn import warn
 from .descend import accumulate, loss_scale
 from .draw import drawn
 from .evaluate import MicroBatch, divisor, steered
@@ -53,7 +53,9 @@ def ascend_on_replica(step: Step, weights: Sequence[Weight]) -> tuple[list[Micro
     before: list[MicroBatch] = []
     grads: list[Tensor | None] = [None] * len(params)
     for closure in step.closures:
+        unchanged = step.model_state.watch_gradients()
         micro_batch = evaluate(step, closure)
+        unchanged()
         before.append(micro_batch.detach())
         loss = scale(micro_batch.weighted_sum / divisor(before[0].total_weight))
         # Not backward(): that would fill .grad, fire the hooks on it, and compute the gradients of all weights.
@@ -112,7 +114,7 @@ def check_reached(ascent: Ascent) -> None:
     )
     if len(ascent.unreached) == len(ascent.weights):
         raise RuntimeError(message)
-    warnings.warn(message, stacklevel=2)
+    warn(message)
 
 
 def refuse_reentrant_checkpoints(step: Step, loss: Tensor, unreached: set[int]) -> None:

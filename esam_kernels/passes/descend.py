@@ -51,7 +51,9 @@ def accumulate(
 
     def add(closure: Closure, index: Tensor | None) -> None:
         seen = sum(one.total_weight for one in done)
+        unchanged = state.watch_gradients()
         micro_batch = evaluate(step, closure, index, graph=graph)
+        unchanged()
         weight = total
         if weight is None:  # how much is still to come: what is there becomes a running mean
             weight = seen + micro_batch.total_weight
