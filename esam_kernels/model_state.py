@@ -24,7 +24,7 @@ class ModelState:
         self._modules = list(modules.values())
         self._replicas = [module for module in self._modules if isinstance(module, DistributedDataParallel)]
         self.shards = ShardedModules(self._modules, params)
-        self._params = params
+        self.params = params
         self._devices = sorted({param.device for param in params} - {torch.device("cpu")}, key=str)
 
     def keep(self, rollback: Rollback) -> Callable[[], None]:
@@ -123,7 +123,7 @@ class ModelState:
     def low_precision(self, function: Callable[P, R], dtype: torch.dtype | None) -> Callable[P, R]:
         """The same function under autocast to ``dtype`` on the parameters' types of devices; as it is if None."""
         if dtype is not None:
-            for device_type in sorted({param.device.type for param in self._params}):
+            for device_type in sorted({param.device.type for param in self.params}):
                 function = torch.autocast(device_type, dtype)(function)
         return function
 
@@ -131,7 +131,7 @@ class ModelState:
         """What this rank alone has added up ``without_gradient_sync``."""
         if self.shards:
             return self.shards.accumulated()
-        return [param.grad for param in self._params if param.grad is not None]
+        return [param.grad for param in self.params if param.grad is not None]
 
     def forget_weight_copies(self) -> None:
         """Give up copies of the weights, which survive in-place changes of the weights themselves.

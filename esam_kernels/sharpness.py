@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from .closure import Closure
 from .engines import is_sharded, local_shard, shard_offset, sum_over_shards
 from .model_state import ModelState
 from .ops.reference import SAMPLE_STREAM, element_words
+from .passes.partial_gradients import guard_group_norms, needed_edges
 from .rollback import Rollback
 from .weight_mask import draw_tensors
 
@@ -288,7 +290,9 @@ def ascend_on_replica(
         samples.append(sample.detach())
         loss = scale(sample.weighted_sum / divisor(samples[0].total_weight))
         # Not backward(): that would fill .grad, fire the hooks on it, and compute the gradients of all weights.
-        found: list[Tensor | None] = list(rollback.interruptible(torch.autograd.grad, loss, params, allow_unused=True))
+        inputs: list[Any] = [*params, *needed_edges(loss, params)]
+        found: list[Tensor | None] = list(rollback.interruptible(torch.autograd.grad, loss, inputs, allow_unused=True))
+        del inputs, found[len(params) :]
         checkpoints.refuse(loss, {target.tensor_id for target, grad in zip(targets, found) if grad is None})
         for i, (total, grad) in enumerate(zip(grads, found)):
             # Not in place: autograd may return one tensor for two parameters, or a view that repeats an element.
@@ -398,6 +402,7 @@ def descend(
                 torch._foreach_mul_(grads, seen / divisor(weight))
         loss = scale(sample.weighted_sum / divisor(weight))
         if loss.requires_grad:
+            guard_group_norms(loss, state.params)
             rollback.interruptible(loss.backward)
         samples.append(sample.detach())
 
