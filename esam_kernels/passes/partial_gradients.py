@@ -23,7 +23,7 @@ def guard_group_norms(loss: Tensor, params: Sequence[Tensor]) -> None:
         params: what is trained; nothing is done if none of it is on the CPU.
     """
     if _any_on_cpu(params):
-        _guard(_group_norms(_following_nodes(loss)))
+        _guard(_group_norms(_nodes(loss)))
 
 
 def needed_edges(loss: Tensor, params: Sequence[Tensor]) -> list[GradientEdge]:
@@ -38,18 +38,19 @@ def needed_edges(loss: Tensor, params: Sequence[Tensor]) -> list[GradientEdge]:
     """
     if not _any_on_cpu(params):
         return []
-    following = _following_nodes(loss)
-    norms = _group_norms(following)
+    nodes = _nodes(loss)
+    norms = _group_norms(nodes)
     if not norms:
         return []
     _guard(norms)
 
     users: dict[Node, list[Node]] = {}
-    for node, others in following.items():
-        for other in others:
-            users.setdefault(other, []).append(node)
+    for node in nodes:
+        for following, _ in node.next_functions:
+            if following is not None:
+                users.setdefault(following, []).append(node)
     ids = {id(param) for param in params}
-    asked = [node for node in following if _is_leaf(node, ids)]
+    asked = [node for node in nodes if _is_leaf(node, ids)]
     computed: set[Node] = set()
     edges: list[GradientEdge] = []
     while asked:
@@ -67,12 +68,24 @@ def _any_on_cpu(params: Iterable[Tensor]) -> bool:
     return any(param.is_cpu for param in params)
 
 
+def _nodes(loss: Tensor) -> list[Node]:
+    """Every node of the graph, once."""
+    nodes = [loss.grad_fn] if loss.grad_fn is not None else []
+    seen = set(nodes)
+    for node in nodes:  # which grow
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return nodes
+
+
 def _group_norms(nodes: Iterable[Node]) -> list[Any]:
-    return [node for node in nodes if node.name().startswith("NativeGroupNormBackward")]
+    return [node for node in nodes if type(node).__name__.startswith("NativeGroupNormBackward")]
 
 
 def _is_leaf(node: Any, ids: set[int]) -> bool:
-    return node.name() == "torch::autograd::AccumulateGrad" and id(node.variable) in ids
+    return type(node).__name__ == "AccumulateGrad" and id(node.variable) in ids
 
 
 def _guard(norms: Iterable[Any]) -> None:
@@ -84,18 +97,6 @@ def _guard(norms: Iterable[Any]) -> None:
             norm._raw_saved_input.register_hooks(lambda saved: saved, Tensor.contiguous)
         except RuntimeError:  # it has hooks, or its backward will fail with an error of its own
             continue
-
-
-def _following_nodes(loss: Tensor) -> dict[Node, list[Node]]:
-    """Every node of the graph, with those that its backward leads to."""
-    following: dict[Node, list[Node]] = {}
-    nodes = [loss.grad_fn] if loss.grad_fn is not None else []
-    while nodes:
-        node = nodes.pop()
-        if node not in following:
-            following[node] = [other for other, _ in node.next_functions if other is not None]
-            nodes += following[node]
-    return following
 
 
 def _add_with_users(nodes: Iterable[Node], users: dict[Node, list[Node]], computed: set[Node]) -> None:
