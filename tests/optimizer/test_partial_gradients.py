@@ -354,7 +354,7 @@ def sweep_in_processes(names: list[str], processes: int = 12) -> dict[str, dict[
             input="\n".join(names),
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             env={**os.environ, "PYTHONPATH": str(Path(esam_kernels.__file__).parents[1])},
         )
         at = ""
