@@ -49,7 +49,7 @@ class ModelState:
         self._modules = list(modules.values())
         self._replicas = [module for module in self._modules if isinstance(module, DistributedDataParallel)]
         self.shards = ShardedModules(self._modules, params)
-        self._params = params
+        self.params = params
         self._ids = {id(param) for param in params}
         self._devices = sorted({param.device for param in params} - {torch.device("cpu")}, key=str)
 
@@ -83,13 +83,13 @@ class ModelState:
         """
         if self.shards:  # forwards see gathered copies of the weights, and write those
             return lambda: None
-        known = range(len(self._params)) if findings.written is None else findings.written
-        places = [i for i in known if not is_lazy(self._params[i])]
-        versions = {i: self._params[i]._version for i in places}
-        kept = dict(zip(places, copy_all([self._params[i].data for i in places])))
+        known = range(len(self.params)) if findings.written is None else findings.written
+        places = [i for i in known if not is_lazy(self.params[i])]
+        versions = {i: self.params[i]._version for i in places}
+        kept = dict(zip(places, copy_all([self.params[i].data for i in places])))
 
         def put_back() -> None:
-            copy_into([self._params[i].data for i in kept], list(kept.values()))
+            copy_into([self.params[i].data for i in kept], list(kept.values()))
 
         if kept:
             rollback.undo_by(put_back)
@@ -138,7 +138,7 @@ class ModelState:
                 yield name, param
 
     def _was_written(self, place: int, version: int, value: Tensor) -> bool:
-        param = self._params[place]
+        param = self.params[place]
         if param._version != version:
             return True
         # Writes through ``.data`` move no version. On other devices the comparison would synchronize.
@@ -222,7 +222,7 @@ class ModelState:
 
     def low_precision(self, function: Callable[P, R], dtype: torch.dtype) -> Callable[P, R]:
         """The same function under autocast to ``dtype`` on the parameters' types of devices."""
-        for device_type in sorted({param.device.type for param in self._params}):
+        for device_type in sorted({param.device.type for param in self.params}):
             function = torch.autocast(device_type, dtype)(function)
         return function
 
@@ -230,7 +230,7 @@ class ModelState:
         """What this rank alone has added up ``without_gradient_sync``."""
         if self.shards:
             return self.shards.accumulated()
-        return [param.grad for param in self._params if param.grad is not None]
+        return [param.grad for param in self.params if param.grad is not None]
 
     def watch_gradients(self) -> Callable[[], None]:
         """Before a call of a closure; the function that is returned, called after it, refuses what it did to gradients.

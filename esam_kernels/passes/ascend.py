@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from ..warn import warn
 from .descend import accumulate, loss_scale
 from .draw import drawn
 from .evaluate import MicroBatch, divisor, steered
+from .partial_gradients import needed_edges
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,11 @@ def ascend_on_replica(step: Step, weights: Sequence[Weight]) -> tuple[list[Micro
         before.append(micro_batch.detach())
         loss = scale(micro_batch.weighted_sum / divisor(before[0].total_weight))
         # Not backward(): that would fill .grad, fire the hooks on it, and compute the gradients of all weights.
+        asked: list[Any] = [*params, *needed_edges(loss, params)]
         found: list[Tensor | None] = list(
-            step.rollback.interruptible(torch.autograd.grad, loss, params, allow_unused=True)
+            step.rollback.interruptible(torch.autograd.grad, loss, asked, allow_unused=True)
         )
+        del asked, found[len(params) :]  # edges hold the graph
         refuse_reentrant_checkpoints(step, loss, {w.tensor_id for w, grad in zip(weights, found) if grad is None})
         for i, (total, grad) in enumerate(zip(grads, found)):
             # Not in place: autograd may return one tensor for two parameters, or a view that repeats an element.

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..closure import Closure
 from ..step import Step
 from .evaluate import MicroBatch, divisor, evaluate
+from .partial_gradients import guard_group_norms
 
 Scale = Callable[[Tensor], Tensor]
 
@@ -62,6 +63,7 @@ def accumulate(
                 torch._foreach_mul_(grads, seen / divisor(weight))
         loss = scale(micro_batch.weighted_sum / divisor(weight))
         if loss.requires_grad:
+            guard_group_norms(loss, state.params)
             step.rollback.interruptible(loss.backward)
         done.append(micro_batch.detach())
 

@@ -46,6 +46,18 @@ def tied(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     return model
 
 
+class ChannelsLast(nn.Module):
+    def forward(self, features: Tensor) -> Tensor:
+        return features.unflatten(1, (2, 2, 2)).to(memory_format=torch.channels_last)
+
+
+def group_norm(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """PyTorch's CPU backward crashes if the first layer is frozen for the first pass, since it is not drawn."""
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 8), ChannelsLast(), nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(8, 3)
+    return nn.Sequential(*layers).to(device(), dtype)
+
+
 def shard(model: nn.Sequential, **options) -> nn.Sequential:
     """Two layers by themselves; the last ones are the root's, which stays gathered after a forward by default."""
     for layer in (model[0], model[2]):
@@ -117,6 +129,7 @@ TRAINING = {
         "dtype": torch.float32,
         "sizes": [[4, 8]] * 3,
     },
+    "group norm in channels_last": {"network": group_norm, "shard": fully_shard, "esam": {"beta": 0.3}},
     "tied weights": {"network": tied, "shard": fully_shard},
     "offloaded": {"fsdp": {"offload_policy": CPUOffloadPolicy(pin_memory=False)}, "only_on": "cpu"},
 }
