@@ -7,7 +7,9 @@ if TYPE_CHECKING:
     from .closure import batch_closure
     from .optimizer import ESAM
 
-__all__ = ["ESAM", "batch_closure"]
+__all__ = ["ESAM", "__version__", "batch_closure"]
+
+__version__ = "0.1.0"  # read by pyproject.toml, without importing this
 
 _HOMES = {"ESAM": ".optimizer", "batch_closure": ".closure"}
 
