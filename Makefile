@@ -7,7 +7,7 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 
 GPU_BENCHMARKS := $(addprefix bench-gpu-,train step-cost step-cost-bf16 frontier kernels memory rounding)
 
-.PHONY: bench results test check format sanitize test-gpu bench-gpu $(GPU_BENCHMARKS) sanitize-gpu clean
+.PHONY: bench results test test-newest wheel wheel-test check format sanitize test-gpu bench-gpu $(GPU_BENCHMARKS) sanitize-gpu clean
 
 bench: $(READY)  # what SGD, SAM and ESAM cost and buy here, in short, with a report in build/bench; 6 minutes on 2 cores
 	$(BIN)/python -m benchmarks train --epochs 20 --output build/bench
@@ -27,6 +27,29 @@ results: $(READY)  # the same in full, into benchmarks/results and the README; 4
 
 test: $(READY)  # the whole test suite; needs no GPU
 	$(BIN)/python -m pytest -q
+
+test-newest:  # the whole test suite under the newest torch, of requirements-newest.txt; from the index that is gigabytes
+	$(PYTHON) -m venv build/newest
+	grep -vE '^(torch|triton)==' requirements.txt > build/newest/others.txt
+	build/newest/bin/python -m pip install --quiet -r requirements-newest.txt -r build/newest/others.txt
+	build/newest/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	build/newest/bin/python -m pytest -q
+
+# The sdist and the wheel in dist/, built in isolation; on Linux tagged for as old a system as its symbols allow, of which
+# libtorch_cpu.so is none: torch brings it.
+wheel: $(READY)
+	rm -rf build/dist dist
+	ESAM_KERNELS_NATIVE=require $(BIN)/python -m build --outdir build/dist
+	mkdir -p dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libtorch_cpu.so --wheel-dir dist build/dist/*.whl
+	cp build/dist/*.tar.gz dist
+	for file in build/dist/*.tar.gz; do tar -tzf "$$file"; done
+	for file in dist/*.whl; do $(PYTHON) -m zipfile --list "$$file"; done
+	ls -l dist
+
+# The wheel in fresh environments: WHEEL_TEST="--python 3.12 3.13 --torch 2.15.0"; all that docs/install.md names if empty.
+wheel-test:
+	$(PYTHON) scripts/wheel_test.py dist/*.whl $(WHEEL_TEST)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -108,7 +131,7 @@ sanitize-gpu:
 
 clean:
 	rm -f esam_kernels/ops/libesam_kernels.so esam_kernels/ops/native_build.json
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(READY): requirements.txt pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv .venv

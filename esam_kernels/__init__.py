@@ -8,7 +8,9 @@ if TYPE_CHECKING:
     from .optimizer import ESAM
     from .passes.current import current_pass, first_pass
 
-__all__ = ["ESAM", "batch_closure", "current_pass", "first_pass"]
+__all__ = ["ESAM", "__version__", "batch_closure", "current_pass", "first_pass"]
+
+__version__ = "0.1.0"  # read by pyproject.toml, without importing this
 
 _HOMES = {
     "ESAM": ".optimizer",

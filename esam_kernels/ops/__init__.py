@@ -6,7 +6,9 @@ does not take one; it is None for one that it takes, and the reference takes all
 """
 
 import importlib
+import importlib.metadata
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +28,9 @@ __all__ = ["ElementMask", "explain", "perturb_", "restore_", "select_top", "squa
 # On CUDA, Triton before native until the two have been measured against each other.
 _PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native",), "cuda": ("triton", "native")}
 _MODULES = {"reference": "reference", "triton": "triton_kernels", "native": "native"}
+
+# The newest version of what each backend hangs on that it was tested with; `explain` says so of a newer one.
+_NEWEST_TESTED = {"native": ("torch", (2, 15)), "triton": ("triton", (3, 9))}
 
 _backends: dict[str, ModuleType] = {}  # imported when they are first needed: importing Triton takes half a second
 _forced: ContextVar[str | None] = ContextVar("esam_kernels_backend", default=None)
@@ -188,14 +193,34 @@ def use_backend(name: str) -> Iterator[None]:
 def explain(tensors: Tensor | Iterable[Tensor]) -> str:
     """Which backend serves a tensor, and why the ones before it in the order of preference do not.
 
-    For several tensors, one line for each distinct answer, with the number of tensors that it holds for.
+    For several tensors, one line for each distinct answer, with the number of tensors that it holds for. A last part
+    says which of these backends stands on a torch or Triton that is newer than those tested.
     """
     if not isinstance(tensors, Tensor):
         return "\n".join(f"{count} x {answer}" for answer, count in Counter(map(explain, tensors)).items())
     candidates = _candidates(tensors.device)
     serving = _choose(tensors, candidates)
     passed_over = candidates[: candidates.index(serving)]
-    return serving + "".join(f"; not {name}: {_backends[name].unsupported(tensors)}" for name in passed_over)
+    reasons = (f"not {name}: {_backends[name].unsupported(tensors)}" for name in passed_over)
+    return "; ".join([serving, *reasons, *filter(None, map(_untested, (serving, *passed_over)))])
+
+
+def _untested(name: str) -> str | None:
+    if name not in _NEWEST_TESTED:
+        return None
+    package, tested = _NEWEST_TESTED[name]
+    version = _installed(package)
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) <= tested:
+        return None
+    return f"{name} is untested with {package} {version}, newer than {'.'.join(map(str, tested))}"
+
+
+@cache
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""  # its backend says so
 
 
 def _choose(tensor: Tensor, candidates: Iterable[str]) -> str:
