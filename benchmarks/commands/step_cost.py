@@ -37,29 +37,44 @@ from tqdm import tqdm
 from esam_kernels import ESAM, ops
 from esam_kernels.closure import Losses
 from esam_kernels.model_state import ModelState
-from esam_kernels.optimizer import STEP
-from esam_kernels.sharpness import count
+from esam_kernels.options import STEP, count_of
 from esam_kernels.weight_mask import draw_tensors
 
-from . import authors, data, models, options, record, tables
-from .measure import Stopwatch, ratio, spread, turn
-from .methods import (
-    BF16_ON_ITS_OWN,
-    METHODS,
-    VARIANTS,
-    Settings,
-    Trainer,
-    mean_loss,
-    per_sample_loss,
-    per_sequence_loss,
-    trainer,
-)
+from .. import record
+from ..measuring.clock import Stopwatch, ratio, spread, turn
+from ..report import tables
+from ..training import authors, data, models
+from ..training.catalogue import LANGUAGE_WIDTHS
+from ..training.losses import mean_loss, per_sample_loss, per_sequence_loss
+from ..training.methods import METHODS
+from ..training.trainers import DTYPES, Settings, Trainer, trainer
+from . import command_line
+from .refusals import refusals
 
 WARM_UP = 2  # rounds that are not counted
 # Steps in a round, of which the median counts; of all others one. ESAM's are as many as those of its parts and floor.
 VISITS = {"sgd": 3, "sgd-again": 3, "esam": 3}
 LR = 0.01  # of all cases: no step's cost depends on it, and with it none diverges
 AGREEMENTS = 10  # rounds in which bf16 steering is compared with float32's
+TIMED = (
+    "sgd",
+    "sgd-bf16",
+    "sgd-again",
+    "sam",
+    "sam-davda54",
+    "esam",
+    "esam-bf16",
+    "esam-gamma1",
+    "esam-beta1",
+    "esam-loss",
+    "esam-interval2",
+    "esam-element",
+    "esam-triton",
+    "esam-native",
+    "esam-reference",
+    "esam-authors",
+)
+FORMER_NAMES = {"esam-gamma": "esam-gamma1", "esam-beta": "esam-beta1", "esam-interval": "esam-interval2"}
 ALWAYS = ("sgd", "sgd-again", "esam")
 BACKENDS = ("triton", "native", "reference")
 
@@ -107,7 +122,7 @@ def parts_of_step(bare: Trainer, inputs: Tensor, targets: Tensor, step: int) -> 
     yield "perturb"
     after = look(bare, inputs, targets)
     yield "pass 2, forward"
-    index = ops.select_top(before, after, count(bare.settings.gamma, len(targets)))
+    index = ops.select_top(before, after, count_of(bare.settings.esam["gamma"], len(targets)))
     yield "select"
     bare.backward(inputs.index_select(0, index), targets.index_select(0, index))
     yield "pass 3, forward and backward of the selected"
@@ -125,7 +140,7 @@ def floor_of_step(bare: Trainer, inputs: Tensor, targets: Tensor, weights: list[
     bare.optimizer.zero_grad()
     ascend(bare, inputs, targets, weights)
     look(bare, inputs, targets)
-    size = count(bare.settings.gamma, len(targets))
+    size = count_of(bare.settings.esam["gamma"], len(targets))
     bare.backward(inputs[:size], targets[:size])
     base_step(bare)
 
@@ -133,7 +148,7 @@ def floor_of_step(bare: Trainer, inputs: Tensor, targets: Tensor, weights: list[
 def drawn(bare: Trainer, step: int) -> list[nn.Parameter]:
     """The weights that ESAM draws in a step."""
     weights, settings = list(bare.model.parameters()), bare.settings
-    return [weights[i] for i in draw_tensors(range(len(weights)), settings.beta, settings.seed, step)]
+    return [weights[i] for i in draw_tensors(range(len(weights)), settings.esam["beta"], settings.seed, step)]
 
 
 def ascend(
@@ -147,7 +162,7 @@ def ascend(
 
 def perturb(weights: list[nn.Parameter], grads: Sequence[Tensor], backups: list[Tensor], settings: Settings) -> None:
     """Move the drawn weights uphill."""
-    coefficients = [settings.rho / settings.beta] * len(weights)
+    coefficients = [settings.esam["rho"] / settings.esam["beta"]] * len(weights)
     ops.perturb_(weights, grads, backups, coefficients)
 
 
@@ -184,7 +199,7 @@ def agreement(bare: Trainer, inputs: Tensor, targets: Tensor, weights: list[nn.P
         after = look(bare, inputs, targets, dtype)
         ops.restore_(weights, backups)
         directions.append(torch.cat([grad.flatten().double() for grad in grads]))
-        chosen.append(ops.select_top(before, after, count(bare.settings.gamma, len(targets))))
+        chosen.append(ops.select_top(before, after, count_of(bare.settings.esam["gamma"], len(targets))))
     exact, steered = directions
     return nn.functional.cosine_similarity(exact, steered, dim=0).item(), torch.isin(*chosen).double().mean().item()
 
@@ -198,7 +213,7 @@ def case_data(args: argparse.Namespace, images: data.ImageData | None) -> data.I
     Raises:
         ValueError: if there are fewer images than the batch needs, or their size does not divide that asked for.
     """
-    if images is None or args.model in models.LANGUAGE_MODELS:
+    if images is None or args.model in LANGUAGE_WIDTHS:
         return data.TokenData(args.vocabulary, args.context, torch.device(args.device))
     if len(images.train_images) < args.batch_size:
         raise ValueError(f"--batch-sizes {args.batch_size}: {images.label} has {len(images.train_images)} images only")
@@ -218,24 +233,26 @@ def prepare(cases: Sequence[argparse.Namespace]) -> list[data.ImageData | data.T
         ValueError: if there is no such device, a method makes sense in no case, a network cannot have the shape or an
             optimizer the options, or the data are not to be had.
     """
-    options.prepare(cases[0])
+    command_line.prepare(cases[0])
     for name in cases[0].methods or ():
         if all(name in left_out(args) for args in cases):
             raise ValueError(f"--methods {name}: {left_out(cases[0])[name]}")
     for args in cases:
         with torch.device("meta"):
-            trainer("esam", build(args, 0), options.settings(args), torch.device(args.device))
+            trainer("esam", build(args, 0), command_line.settings(args), torch.device(args.device))
     images = None
-    if any(args.model not in models.LANGUAGE_MODELS for args in cases):
+    if any(args.model not in LANGUAGE_WIDTHS for args in cases):
         shared = cases[0]
-        images = data.load(shared.data, shared.data_file, torch.device(shared.device), options.memory_format(shared))
+        images = data.load(
+            shared.data, shared.data_file, torch.device(shared.device), command_line.memory_format(shared)
+        )
     return [case_data(args, images) for args in cases]
 
 
 def build(args: argparse.Namespace, seed: int) -> nn.Module:
     """The case's network with the initial weights of a seed."""
     shape = {"vocabulary": args.vocabulary, "context": args.context}
-    if args.model not in models.LANGUAGE_MODELS:
+    if args.model not in LANGUAGE_WIDTHS:
         shape = {"image_size": args.image_size, "patch_size": args.patch_size} if args.model == "vit_s" else {}
     return models.build(args.model, width=args.width, seed=seed, **shape)
 
@@ -247,12 +264,13 @@ def serving_backend(device: str) -> str:
 
 def left_out(args: argparse.Namespace) -> dict[str, str]:
     """The methods that make no sense in a case, and why."""
-    why = dict.fromkeys(BF16_ON_ITS_OWN, "--amp sets the precision of all passes") if args.amp else {}
+    of_precision = [name for name in TIMED if METHODS[name].compares_precision]
+    why = dict.fromkeys(of_precision, "--amp sets the precision of all passes") if args.amp else {}
     if find_spec("pytorch_optimizer") is None:
         why["sam"] = "the package pytorch_optimizer is not installed"
     if args.authors_code is None:
         why["esam-authors"] = "--authors-code says where it is"
-    elif args.model in models.LANGUAGE_MODELS:
+    elif args.model in LANGUAGE_WIDTHS:
         why["esam-authors"] = "the authors' code takes no weights of samples"
     default = serving_backend(args.device)
     for backend in BACKENDS:
@@ -265,10 +283,9 @@ def left_out(args: argparse.Namespace) -> dict[str, str]:
 
 
 def rows(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
-    """The names of the methods that are measured, family by family, and why what was asked for beside them is not."""
-    wanted, missing = {*(args.methods or METHODS | VARIANTS), *ALWAYS}, left_out(args)
-    order = [name for family in ("sgd", "sam", "esam") for name in METHODS | VARIANTS if name.split("-")[0] == family]
-    order = [name for name in order if name in wanted]
+    """The names of the methods that are measured, and why what was asked for beside them is not."""
+    wanted, missing = {*(args.methods or TIMED), *ALWAYS}, left_out(args)
+    order = [name for name in TIMED if name in wanted]
     return [name for name in order if name not in missing], {name: missing[name] for name in order if name in missing}
 
 
@@ -287,9 +304,9 @@ def measure(
     """
     device = torch.device(args.device)
     esam = authors.load(args.authors_code) if args.authors_code else None
-    settings = options.settings(args, authors_esam=esam)
+    settings = replace(command_line.settings(args), authors_esam=esam)
     loss_fn = per_sequence_loss if isinstance(batches, data.TokenData) else per_sample_loss
-    initial = build(args, settings.seed).to(device, memory_format=options.memory_format(args))  # type: ignore[call-overload]
+    initial = build(args, settings.seed).to(device, memory_format=command_line.memory_format(args))  # type: ignore[call-overload]
 
     def start(name: str) -> Trainer:
         return trainer(name, deepcopy(initial), settings, device, loss_fn)
@@ -311,15 +328,15 @@ def measure(
         def steps() -> None:
             if isinstance(one.optimizer, ESAM):  # whatever it has taken before, its draws are those of the round
                 for group in one.optimizer.param_groups:
-                    group[STEP] = number * one.settings.interval
-            for _ in range(one.settings.interval):  # all kinds of steps that it takes
+                    group[STEP] = number * one.settings.esam["interval"]
+            for _ in range(one.settings.esam["interval"]):  # all kinds of steps that it takes
                 losses[name] = one.step(inputs, targets)
 
         lead(steps)
         stopwatch.mark()
         steps()
         stopwatch.mark()
-        visits["methods", name].append(stopwatch.laps()[0] / one.settings.interval)
+        visits["methods", name].append(stopwatch.laps()[0] / one.settings.esam["interval"])
 
     def time_parts() -> None:
         lead(lambda: deque(parts_of_step(in_parts, inputs, targets, number), maxlen=0))
@@ -411,9 +428,7 @@ def summarize(measured: dict[str, Any]) -> dict[str, Any]:
     cosines, overlaps = zip(*measured["agreements"]) if measured["agreements"] else ((), ())
     return {
         "rounds": len(whole),
-        "methods": {
-            name: {"label": (METHODS | VARIANTS)[name].label, **row(seconds)} for name, seconds in methods.items()
-        },
+        "methods": {name: {"label": METHODS[name].label, **row(seconds)} for name, seconds in methods.items()},
         "aa_difference": ratio(methods["sgd-again"], methods["sgd"]).median - 1,
         "parts": {name: row(seconds) for name, seconds in parts.items()},
         "whole_over_parts": ratio(whole, total)._asdict(),
@@ -426,12 +441,17 @@ def summarize(measured: dict[str, Any]) -> dict[str, Any]:
 # The command line.
 
 
+def current_name(name: str) -> str:
+    """A method's name, if it had another one before."""
+    return FORMER_NAMES.get(name, name)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The options; a case's own defaults are not in it."""
-    parser = options.make_parser(__doc__ or "", many=True)
+    parser = command_line.make_parser(__doc__ or "", many=True)
     add = parser.add_argument
-    add("--methods", nargs="+", choices=METHODS | VARIANTS, help=f"beside {', '.join(ALWAYS)}; default: all")
-    add("--amp", choices=options.AMP, help="train under autocast; fp16 with a GradScaler")
+    add("--methods", nargs="+", type=current_name, choices=TIMED, help=f"beside {', '.join(ALWAYS)}; default: all")
+    add("--amp", choices=DTYPES, help="train under autocast; fp16 with a GradScaler")
     add("--image-size", type=int, default=32, help="pixels; default: 32, for vit_s on a GPU 224")
     add("--patch-size", type=int, default=4, help="of vit_s, pixels; default: 4, on a GPU 16")
     add("--vocabulary", type=int, default=50257, help="of gpt, tokens; default: 50257, on a CPU 1024")
@@ -476,7 +496,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[float, list[argparse.Namespa
             case = {"model": model, "batch_size": batch_size, "lr": LR}
             parser = make_parser()
             parser.set_defaults(**case)
-            args = options.parse(parser, argv, dict.fromkeys(data.DATASETS, case | shape))
+            args = command_line.parse(parser, argv, dict.fromkeys(data.DATASETS, case | shape))
             del args.models, args.batch_sizes
             cases.append(args)
     cases.sort(key=lambda args: args.batch_size)  # the cheapest first, so that a short budget yields something
@@ -502,7 +522,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     started = perf_counter()
     budget, cases = parse_args(argv)
-    with options.refusals(make_parser()):
+    with refusals(make_parser()):
         batches = prepare(cases)
     skipped: list[str] = []
     failed: list[str] = []
