@@ -365,7 +365,3 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"Run {command} again until it is finished: {result['runs']['finished']} of {result['runs']['planned']} "
             "runs done."
         )
-
-
-if __name__ == "__main__":
-    main()

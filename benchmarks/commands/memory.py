@@ -123,24 +123,23 @@ def drawn_bytes(params: Sequence[Tensor], method: Method, settings: Settings) ->
     return max(sum(params[i].nbytes for i in draw) for draw in draws)
 
 
-def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
-    """The command line, checked, and what it says of the optimizers."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = command_line.base_parser(__doc__ or "")
     parser.add_argument("--models", nargs="+", choices=CASES, default=[*CASES], help="default: all")
     command_line.add_esam(parser)
     parser.set_defaults(**SGD)
-    args = parser.parse_args(argv)
-    settings = command_line.settings(args)
-    with refusals(parser):
-        command_line.require_device(args)
-        for name in ROWS:
-            trainer(name, nn.Linear(1, 1), settings, torch.device("cpu"))
-    return args, settings
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure every option on every model, write the result and print the tables."""
-    args, settings = parse_args(argv)
+    args = make_parser().parse_args(argv)
+    settings = command_line.settings(args)
+    with refusals(make_parser()):
+        command_line.require_device(args)
+        for name in ROWS:
+            trainer(name, nn.Linear(1, 1), settings, torch.device("cpu"))
     result = record.header("memory", "random images", args)
     result["settings"]["steps"] = STEPS
     result["cases"] = {}
@@ -158,7 +157,3 @@ def main(argv: Sequence[str] | None = None) -> None:
             result["cases"][name] = {**about, "rows": rows}
     record.save(result, args.output, f"memory_{args.device}")
     print(tables.memory(result))
-
-
-if __name__ == "__main__":
-    main()

@@ -319,7 +319,3 @@ def test_operator_over_resnet18(benchmark: Any, operator: Callable[[Shapes, str]
     call()
     benchmark.extra_info["commit"] = environment()["commit"]
     benchmark.pedantic(lambda: seconds(call, device), rounds=20)
-
-
-if __name__ == "__main__":
-    main()

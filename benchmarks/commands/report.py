@@ -35,7 +35,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         with refusals(parser):
             README.write_text(documents.update(README.read_text(), results))
     print(f"Written to {folder}: report.html, report.md")
-
-
-if __name__ == "__main__":
-    main()

@@ -129,8 +129,8 @@ def summarize(runs: Sequence[dict[str, float] | None]) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train every row from every seed, write the result and print the table."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = command_line.base_parser(__doc__ or "")
     add = parser.add_argument
     add("--width", type=int, default=1024, help="of both hidden layers; default: %(default)s")
@@ -141,13 +141,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--rho", type=float, nargs="+", default=[0.01, 0.05], help="one or more; default: 0.01 0.05")
     command_line.add_esam(parser, but=["rho"])
     parser.set_defaults(momentum=0.9, weight_decay=5e-4)
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     if min(args.width, args.batch_size, args.epochs, args.seeds) < 1:
         parser.error("--width, --batch-size, --epochs and --seeds must be at least 1")
     if min(args.rho) <= 0:
         parser.error(f"--rho {min(args.rho)}: must be above 0")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train every row from every seed, write the result and print the table."""
+    args = parse_args(argv)
     plan = rows_of(args.rho)
-    with refusals(parser):
+    with refusals(make_parser()):
         command_line.prepare(args)
         images = data.load("digits", None, torch.device(args.device), torch.contiguous_format)
         images = data.flip_labels(images, LABEL_NOISE)
@@ -164,7 +176,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     result |= {"rows": {label: summarize(found) for label, found in runs.items()}, "runs": runs}
     record.save(result, args.output, f"rounding_{args.device}")
     print(tables.rounding(result))
-
-
-if __name__ == "__main__":
-    main()

@@ -542,7 +542,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(*skipped, sep="\n")
     if failed or len(skipped) == len(cases):
         sys.exit("\n".join(failed or ["no case was measured"]))
-
-
-if __name__ == "__main__":
-    main()

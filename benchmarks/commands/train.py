@@ -168,7 +168,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         written.append(f"{stem}_sharpness.svg")
     print(tables.train(result))
     print(f"\nWritten to {args.output}: {', '.join(written)}")
-
-
-if __name__ == "__main__":
-    main()
