@@ -115,8 +115,8 @@ inline void add_coefficients(const std::vector<double>& coefficients, std::vecto
   for (size_t i = 0; i < coefficients.size(); ++i) result[i].coefficient = coefficients[i];
 }
 
-inline Randomness add_randomness(int64_t seed, int64_t step, int64_t threshold, const Ints& tensor_ids,
-                                 const Ints& offsets, std::vector<Operand>& result) {
+inline ElementMask add_mask(int64_t seed, int64_t step, int64_t threshold, const Ints& tensor_ids,
+                            const Ints& offsets, std::vector<Operand>& result) {
   const bool present = !tensor_ids.empty();
   STD_TORCH_CHECK(tensor_ids.size() == (present ? result.size() : 0), "give one id for each tensor, or none");
   STD_TORCH_CHECK(offsets.size() == tensor_ids.size(), "give one offset for each id");

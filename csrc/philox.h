@@ -18,7 +18,7 @@ namespace esam {
 enum class Stream : uint32_t { kElement = 1, kRounding = 2 };
 
 // Everything random that an operator needs: reference.py's ElementMask without its lists.
-struct Randomness {
+struct ElementMask {
   uint64_t seed;
   uint32_t step;
   bool present;        // whether there are bits at all: without them sums round to nearest
@@ -28,14 +28,14 @@ struct Randomness {
 };
 
 // Four words for the group of elements 4 * group, ..., 4 * group + 3 of one tensor.
-ESAM_HOST_DEVICE void element_words(const Randomness& random, Stream stream, uint32_t tensor_id, uint64_t group,
+ESAM_HOST_DEVICE void element_words(const ElementMask& mask, Stream stream, uint32_t tensor_id, uint64_t group,
                                     uint32_t (&words)[4]) {
   uint32_t c0 = static_cast<uint32_t>(group);
   uint32_t c1 = static_cast<uint32_t>(group >> 32) | (static_cast<uint32_t>(stream) << 24);
   uint32_t c2 = tensor_id;
-  uint32_t c3 = random.step;
-  uint32_t k0 = static_cast<uint32_t>(random.seed);
-  uint32_t k1 = static_cast<uint32_t>(random.seed >> 32);
+  uint32_t c3 = mask.step;
+  uint32_t k0 = static_cast<uint32_t>(mask.seed);
+  uint32_t k1 = static_cast<uint32_t>(mask.seed >> 32);
   ESAM_UNROLL
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t{c0} * 0xD2511F53u;

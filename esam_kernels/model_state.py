@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .engines import ShardedModules
 from .rollback import Rollback
+from .sharding import ShardedModules
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -120,11 +120,10 @@ class ModelState:
             function = replica.no_sync()(function)
         return self.shards.without_reduction(function)
 
-    def low_precision(self, function: Callable[P, R], dtype: torch.dtype | None) -> Callable[P, R]:
-        """The same function under autocast to ``dtype`` on the parameters' types of devices; as it is if None."""
-        if dtype is not None:
-            for device_type in sorted({param.device.type for param in self._params}):
-                function = torch.autocast(device_type, dtype)(function)
+    def low_precision(self, function: Callable[P, R], dtype: torch.dtype) -> Callable[P, R]:
+        """The same function under autocast to ``dtype`` on the parameters' types of devices."""
+        for device_type in sorted({param.device.type for param in self._params}):
+            function = torch.autocast(device_type, dtype)(function)
         return function
 
     def unsynchronized_gradients(self) -> list[Tensor]:

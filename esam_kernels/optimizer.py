@@ -1,45 +1,23 @@
-"""ESAM as a ``torch.optim.Optimizer``: arguments, parameter groups, state, and the two halves of a step."""
+"""ESAM as a ``torch.optim.Optimizer``: parameter groups, state, and the two halves of a step."""
 
 import inspect
-import itertools
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import options, sharpness
+from .base import check_params, check_storage, make_base, of_base, params_of
 from .closure import Closure
-from .engines import local_shard
 from .model_state import ModelState
-from .ops.reference import is_dense
+from .options import OPTIONS, STEP, STORED
+from .passes.ascend import Ascent, check_gradient
+from .passes.draw import drawn
+from .passes.perturb import Perturbation, perturb
 from .rollback import Rollback
-from .sharpness import (
-    Perturbation,
-    ReentrantCheckpoints,
-    Settings,
-    Target,
-    check_gradient,
-    descend,
-    drawn,
-    esam_backward,
-    evaluate,
-    loss_scale,
-    mean,
-)
-
-PER_GROUP = ("rho", "adaptive")  # the settings that may differ between parameter groups
-STEP = "esam_step"  # in the groups beside the settings: the number of steps taken, from which masks are drawn
-
-
-def _of_base(name: str) -> Any:
-    """An attribute that is the base optimizer's, also when it is set and deleted."""
-    return property(
-        lambda self: getattr(self.base, name),
-        lambda self, value: setattr(self.base, name, value),
-        lambda self: delattr(self.base, name),
-    )
+from .step import Findings, Step, Weight
 
 
 @dataclass
@@ -52,6 +30,7 @@ class _Progress:
     phase: str = ""  # what is under way, for error messages
     perturbation: Perturbation | None = None  # between first_step() and second_step()
     has_gradient: bool = False  # between backward() and step()
+    findings: Findings = field(default_factory=Findings)  # of the steps before
 
 
 class ESAM(torch.optim.Optimizer):
@@ -72,24 +51,10 @@ class ESAM(torch.optim.Optimizer):
     steps taken, from which masks are drawn, stands there as ``esam_step``.
 
     Args:
-        params: parameters or parameter groups, as for any optimizer; groups may have a ``rho`` and an ``adaptive`` of
-            their own. None, or the same parameters, if ``base`` is an optimizer already.
+        params: parameters or parameter groups, as for any optimizer; groups may have options of their own that are
+            said to be per parameter group. None, or the same parameters, if ``base`` is an optimizer already.
         base: class of the base optimizer, made with ``base_options``; or a ready optimizer.
-        rho: radius of the neighbourhood, in units of the weights; 0 leaves a group unperturbed.
-        beta: share of the weights that a step perturbs, in (0, 1] (stochastic weight perturbation).
-        gamma: share of the samples that the gradient is taken on, in (0, 1] (sharpness-sensitive data selection).
-        adaptive: scale the neighbourhood with the weights, as ASAM does.
-        granularity: "tensor" draws whole tensors, so that the first pass skips the others' gradients; "element" draws
-            each weight by itself, as the paper's equation has it, and saves no time in the first pass.
-        selection: "increase" takes the samples whose loss the perturbation raises most; "loss" those of the largest
-            loss and "random" any, both without the second pass.
-        select_over: with a list of micro-batches, select from each ("micro_batch"), or from all together ("all"),
-            which synchronizes host and device once a step.
-        interval: every so many steps one is an ESAM step, beginning with the first; the others are the base
-            optimizer's.
-        steering_dtype: run the first two passes, which only steer, under autocast to torch.bfloat16; None runs all
-            passes as the closure has them. An autocast inside the closure overrides it.
-        seed: 64-bit seed of the masks, the same on every rank.
+    {options}
         model: the model, if closures are written by hand: its buffers are kept from the extra passes.
         base_options: options of the base optimizer's class.
 
@@ -104,76 +69,35 @@ class ESAM(torch.optim.Optimizer):
         params: Any,
         base: type[torch.optim.Optimizer] | torch.optim.Optimizer,
         *,
-        rho: float = 0.05,
-        beta: float = 0.6,
-        gamma: float = 0.5,
-        adaptive: bool = False,
-        granularity: str = "tensor",
-        selection: str = "increase",
-        select_over: str = "micro_batch",
-        interval: int = 1,
-        steering_dtype: torch.dtype | None = None,
-        seed: int = 0,
         model: nn.Module | None = None,
         **base_options: Any,
     ) -> None:
         # Optimizer.__init__ is not called: it would make groups, state and hooks beside the base optimizer's.
-        if steering_dtype not in (None, torch.bfloat16):
-            raise ValueError(
-                f"steering_dtype = {steering_dtype}: torch.bfloat16 or None is needed (in float16 the gradient of the "
-                "first pass would underflow)"
-            )
-        options = {
-            "rho": rho,
-            "adaptive": adaptive,
-            "beta": beta,
-            "gamma": gamma,
-            "granularity": granularity,
-            "selection": selection,
-            "select_over": select_over,
-            "interval": interval,
-            "steering_dtype": None if steering_dtype is None else "bfloat16",  # a name is what checkpoints can hold
-            "seed": seed,
-            STEP: 0,
-        }
-        _check_options(options)
-        _check_base(base, options)
-        if isinstance(base, torch.optim.Optimizer):
-            if STEP in base.defaults:
-                raise ValueError(f"this {type(base).__name__} is the base of another ESAM already: make a new one")
-            _check_same_params(params, base)
-            if base_options:
-                raise ValueError(f"{next(iter(base_options))} cannot be set: the base optimizer is made already")
-            keys = {name: f"esam_{name}" if name in base.defaults else name for name in options}
-        else:
-            params = params if isinstance(params, Tensor) else list(params)
-            _check_not_empty(params)
-            base = base(params, **base_options)
-            keys = {name: name for name in options}
-        settings = {keys[name]: value for name, value in options.items()}
+        values = options.make({name: base_options.pop(name) for name in OPTIONS if name in base_options})
+        base, keys = make_base(params, base, base_options)
+        settings = {keys[name]: value for name, value in values.items()}
         # What a group says of itself holds, unless another ESAM said it, whose checkpoint the base has loaded.
         groups = [settings if STEP in group else {**settings, **group} for group in base.param_groups]
         groups = [{key: group[key] for key in settings} for group in groups]
-        _check_not_empty(_params(base.param_groups))
-        _check_groups([{**group, **own_settings} for group, own_settings in zip(base.param_groups, groups)], keys)
-        _check_storage(_params(base.param_groups))
+        options.read(groups, keys)
+        check_params(base.param_groups)
+        check_storage(params_of(base.param_groups))
         self.base = base
         self.model = model
         self._keys = keys
         self._progress = _Progress()
-        self._checkpoints = ReentrantCheckpoints()
         base.defaults.update(settings)
         for group, own_settings in zip(base.param_groups, groups):
             group.update(own_settings)
 
     # One truth: the base optimizer's.
 
-    param_groups = _of_base("param_groups")
-    state = _of_base("state")
-    defaults = _of_base("defaults")
+    param_groups = of_base("param_groups")
+    state = of_base("state")
+    defaults = of_base("defaults")
     # What GradScaler.step tells a fused optimizer, which unscales its gradients itself.
-    grad_scale = _of_base("grad_scale")
-    found_inf = _of_base("found_inf")
+    grad_scale = of_base("grad_scale")
+    found_inf = of_base("found_inf")
 
     def __getattr__(self, name: str) -> Any:
         if name == "base" or name.startswith("__"):  # not there yet, while a copy is being made
@@ -182,7 +106,7 @@ class ESAM(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._require_idle("copying or pickling the optimizer")
-        names = ("base", "model", "_keys", "_progress", "_checkpoints")
+        names = ("base", "model", "_keys", "_progress")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -222,11 +146,12 @@ class ESAM(torch.optim.Optimizer):
             RuntimeError: during ``backward``, and between ``first_step`` and ``second_step``.
         """
         self._require_idle("add_param_group()")
-        shared = {key: self.param_groups[0][key] for name, key in self._keys.items() if name not in PER_GROUP}
+        shared = {key: self.param_groups[0][key] for name, key in self._keys.items() if not STORED[name].per_group}
         self.base.add_param_group({**shared, **param_group})
         try:
-            _check_groups(self.param_groups, self._keys)
-            _check_storage(_params(self.param_groups))
+            options.read(self.param_groups, self._keys)
+            check_params(self.param_groups)
+            check_storage(params_of(self.param_groups))
         except ValueError:
             self.param_groups.pop()
             raise
@@ -275,21 +200,15 @@ class ESAM(torch.optim.Optimizer):
         if not torch.is_grad_enabled():
             raise RuntimeError("backward() was called under torch.no_grad() or inference_mode(): call it outside")
         closures = _check_closures(closure)
-        settings, step, targets = self._settings(), self._step, self._targets()
         rollback = Rollback()
+        step = self._make_step(rollback, closures, grad_scaler)
         try:
             rollback.open()
-            rollback.undo_by(lambda: self._reset(step))
+            rollback.undo_by(lambda: self._reset(step.number))
             self._progress.phase = "backward()"
             self.base.zero_grad()
-            state = self._model_state(closures)
-            if targets and step % settings.interval == 0:
-                loss = esam_backward(closures, targets, settings, step, state, self._checkpoints, grad_scaler, rollback)
-            else:
-                state.keep(rollback)
-                everything = [None] * len(closures)
-                loss = mean(descend(closures, everything, state, evaluate, loss_scale(grad_scaler), rollback))
-            self._set_step(step + 1)
+            loss = sharpness.backward(step)
+            self._set_step_count(step.number + 1)
             self._progress.phase = ""
             self._progress.has_gradient = True
             rollback.close()
@@ -334,25 +253,26 @@ class ESAM(torch.optim.Optimizer):
             RuntimeError: if there are no gradients, or at the wrong time.
         """
         self._require_idle("first_step()")
-        settings, targets = self._settings(), self._targets()
-        for name, needed in (("gamma", 1), ("interval", 1), ("steering_dtype", None)):
-            if getattr(settings, name) != needed:
-                raise ValueError(
-                    f"{name} = {getattr(settings, name)} cannot apply to first_step() and second_step(), whose passes "
-                    f"the caller runs: set {name}={needed}, or use backward()"
-                )
-        if all(param.grad is None for param in _params(self.param_groups)):
-            raise RuntimeError("first_step() found no gradients: call loss.backward() before it")
-        state, perturbation = self._model_state(), Perturbation(settings, self._step)
         rollback = Rollback()
+        step = self._make_step(rollback)
+        for name, needed in (("gamma", 1), ("interval", 1), ("steering_dtype", None)):
+            value = getattr(step.settings, name)
+            if value != needed:
+                raise ValueError(
+                    f"{name} = {value} cannot apply to first_step() and second_step(), whose passes the caller runs: "
+                    f"set {name}={needed}, or use backward()"
+                )
+        if all(param.grad is None for param in params_of(self.param_groups)):
+            raise RuntimeError("first_step() found no gradients: call loss.backward() before it")
         try:
             rollback.open()
             rollback.undo_by(lambda: setattr(self._progress, "perturbation", None))
-            rollback.undo_by(perturbation.restore)
-            self._progress.perturbation = perturbation
-            chosen = drawn(targets, settings, self._step) if targets else []
-            perturbation.apply(chosen, [check_gradient(target, target.param.grad) for target in chosen])
-            state.forget_weight_copies()
+            weights = drawn(step)
+            grads = [weight.param.grad for weight in weights]
+            for weight, grad in zip(weights, grads):
+                check_gradient(weight, grad)
+            self._progress.perturbation = perturb(step, Ascent(weights, grads, (), ()))
+            step.model_state.forget_weight_copies()
             rollback.close()
             if zero_grad:
                 self.zero_grad()
@@ -367,7 +287,7 @@ class ESAM(torch.optim.Optimizer):
             RuntimeError: if ``first_step`` was not called before.
         """
         self.restore()
-        self._set_step(self._step + 1)
+        self._set_step_count(self._step_count + 1)
         self.step()
         if zero_grad:
             self.zero_grad()
@@ -387,40 +307,41 @@ class ESAM(torch.optim.Optimizer):
     # What stands in the parameter groups.
 
     @property
-    def _step(self) -> int:
+    def _step_count(self) -> int:
         return self.param_groups[0][self._keys[STEP]]
 
-    def _set_step(self, step: int) -> None:
+    def _set_step_count(self, count: int) -> None:
         for group in self.param_groups:
-            group[self._keys[STEP]] = step
+            group[self._keys[STEP]] = count
 
-    def _reset(self, step: int) -> None:
+    def _reset(self, step_count: int) -> None:
         self._progress.phase = ""
         self._progress.has_gradient = False
-        self._set_step(step)
+        self._set_step_count(step_count)
         self.base.zero_grad()
+
+    def _make_step(
+        self,
+        rollback: Rollback,
+        closures: Sequence[Closure] = (),
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> Step:
+        """The step that comes next, with the settings as they stand in the groups now, checked."""
+        settings, own = options.read(self.param_groups, self._keys)
+        check_params(self.param_groups)
+        weights, tensor_id = [], 0
+        for group, group_settings in zip(self.param_groups, own):
+            for param in group["params"]:
+                if group_settings.rho > 0 and param.requires_grad:
+                    weights.append(Weight(param, tensor_id, group_settings))
+                tensor_id += 1
+        state, findings = self._model_state(closures), self._progress.findings
+        return Step(self._step_count, settings, weights, closures, state, rollback, findings, grad_scaler)
 
     def _model_state(self, closures: Sequence[Closure] = ()) -> ModelState:
         models = [self.model, *(getattr(closure, "model", None) for closure in closures)]
         # A closure written by hand may call anything its model.
-        return ModelState([model for model in models if isinstance(model, nn.Module)], _params(self.param_groups))
-
-    def _settings(self) -> Settings:
-        """The settings as they stand in the groups now, checked."""
-        _check_groups(self.param_groups, self._keys)
-        values = {name: self.param_groups[0][self._keys[name]] for name in SHARED if name != STEP}
-        return Settings(**{**values, "steering_dtype": values["steering_dtype"] and torch.bfloat16})
-
-    def _targets(self) -> list[Target]:
-        """The parameters that can be perturbed: trainable ones in groups whose rho is not 0."""
-        targets, tensor_id = [], 0
-        for group in self.param_groups:
-            rho, adaptive = group[self._keys["rho"]], group[self._keys["adaptive"]]
-            for param in group["params"]:
-                if rho > 0 and param.requires_grad:
-                    targets.append(Target(param, tensor_id, rho, adaptive))
-                tensor_id += 1
-        return targets
+        return ModelState([model for model in models if isinstance(model, nn.Module)], params_of(self.param_groups))
 
     def _require_idle(self, action: str) -> None:
         if self._progress.phase:
@@ -432,105 +353,8 @@ class ESAM(torch.optim.Optimizer):
             )
 
 
-def _params(groups: list[dict[str, Any]]) -> list[Tensor]:
-    return [param for group in groups for param in group["params"]]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-# For each option, what it must fulfil, and how that is said.
-_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "rho": (lambda x: _is_number(x) and x >= 0, "a number >= 0"),
-    "adaptive": (lambda x: isinstance(x, bool), "True or False"),
-    "beta": (lambda x: _is_number(x) and 0 < x <= 1, "a number in (0, 1]"),
-    "gamma": (lambda x: _is_number(x) and 0 < x <= 1, "a number in (0, 1]"),
-    "granularity": (lambda x: x in ("tensor", "element"), "'tensor' or 'element'"),
-    "selection": (lambda x: x in ("increase", "loss", "random"), "'increase', 'loss' or 'random'"),
-    "select_over": (lambda x: x in ("micro_batch", "all"), "'micro_batch' or 'all'"),
-    "interval": (lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 1, "a whole number >= 1"),
-    "steering_dtype": (lambda x: x in (None, "bfloat16"), "None or torch.bfloat16"),
-    "seed": (lambda x: isinstance(x, int) and 0 <= x < 2**64, "a whole number in [0, 2**64)"),
-    STEP: (lambda x: isinstance(x, int) and x >= 0, "a whole number >= 0"),
-}
-SHARED = tuple(name for name in _RANGES if name not in PER_GROUP)
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    for name, value in options.items():
-        fits, needed = _RANGES[name]
-        if not fits(value):
-            raise ValueError(f"{name} = {value!r}: {needed} is needed")
-
-
-def _check_groups(groups: list[dict[str, Any]], keys: dict[str, str]) -> None:
-    for group in groups:
-        _check_options({name: group[key] for name, key in keys.items()})
-        for name in SHARED:
-            first, value = groups[0][keys[name]], group[keys[name]]
-            if value != first:
-                raise ValueError(
-                    f"{name} is {first!r} in one parameter group and {value!r} in another: only rho and "
-                    "adaptive may differ between groups"
-                )
-        if group.get("maximize"):
-            raise ValueError("maximize = True: ESAM minimizes the loss; negate it and leave maximize out")
-        for param in group["params"]:
-            if param.is_complex():
-                raise ValueError(
-                    f"a parameter of shape {list(param.shape)} is {param.dtype}: ESAM takes real parameters; "
-                    "torch.view_as_real gives such a one"
-                )
-
-
-def _check_storage(params: Sequence[Tensor]) -> None:
-    """Refuse parameters that share elements: the backup of one would hold the perturbed elements of the other."""
-    spans = []
-    for param in map(local_shard, params):
-        if param.numel() > 0 and param.device.type != "meta" and is_dense(param):
-            spans.append((param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), list(param.shape)))
-    spans.sort(key=lambda span: span[:2])
-    for (_, end, shape), (start, _, other) in itertools.pairwise(spans):
-        if start < end:
-            raise ValueError(
-                f"parameters of shapes {shape} and {other} share memory: to tie weights, use one Parameter in both "
-                "places"
-            )
-
-
-def _check_not_empty(params: Any) -> None:
-    if isinstance(params, list) and not params:
-        raise ValueError(
-            "got an empty parameter list: give the parameters that are to be trained, such as model.parameters(), "
-            "which can be gone through only once"
-        )
-
-
-def _check_base(base: object, options: dict[str, Any]) -> None:
-    kind = base if isinstance(base, type) else type(base)
-    if not issubclass(kind, torch.optim.Optimizer):
-        raise TypeError(f"base is {base!r}: give an optimizer's class, such as torch.optim.SGD, or an optimizer")
-    closure = inspect.signature(kind.step).parameters.get("closure")
-    if issubclass(kind, ESAM) or (closure is not None and closure.default is inspect.Parameter.empty):
-        raise ValueError(f"{kind.__name__} evaluates a closure in its own step, so ESAM cannot be built on it")
-    taken = sorted(options.keys() & inspect.signature(kind).parameters.keys())
-    if isinstance(base, type) and taken:
-        raise ValueError(
-            f"{kind.__name__} has an option {taken[0]!r} of its own: make it first and give the optimizer as base, "
-            f"ESAM(None, {kind.__name__}(params, {taken[0]}=...), {taken[0]}=...)"
-        )
-
-
-def _check_same_params(params: Iterable[Any] | None, base: torch.optim.Optimizer) -> None:
-    if params is None:
-        return
-    given = list(params)
-    if given and isinstance(given[0], dict):
-        given = _params(given)
-    given = [item[1] if isinstance(item, tuple) else item for item in given]  # named parameters
-    if {id(param) for param in given} != {id(param) for param in _params(base.param_groups)}:
-        raise ValueError("params are not the base optimizer's: give params=None, or the same ones")
+ESAM.__doc__ = (ESAM.__doc__ or "").replace("    {options}", options.documentation("        "))
+ESAM.__init__.__signature__ = options.signature(inspect.signature(ESAM.__init__))  # type: ignore[attr-defined]
 
 
 def _check_closures(closure: Closure | Sequence[Closure]) -> list[Closure]:

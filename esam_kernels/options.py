@@ -59,7 +59,7 @@ def _is_whole(value: object) -> bool:
 
 
 def _share(default: float, meaning: str, least: float = 0.0) -> Any:
-    needed = "a number in (0, 1]" if least == 0 else f"a number in [{least:.2g}, 1]"
+    needed = "a number in (0, 1]" + (f", at least {least:g}," if least else "")
     return _option(default, lambda x: _is_number(x) and 0 < x <= 1 and x >= least, needed, meaning)
 
 
@@ -68,9 +68,7 @@ def _choice(choices: tuple[str, ...], meaning: str) -> Any:
     return _option(choices[0], lambda x: x in choices, needed, meaning, choices)
 
 
-def _option(
-    default: Any, fits: Callable[[Any], bool], needed: str, meaning: str, choices: tuple[str, ...] = ()
-) -> Any:
+def _option(default: Any, fits: Callable[[Any], bool], needed: str, meaning: str, choices: tuple[str, ...] = ()) -> Any:
     about = {"fits": fits, "needed": needed, "meaning": meaning, "choices": choices}
     return field(default=default, metadata=about)
 
@@ -79,11 +77,10 @@ def _option(
 class GroupSettings:
     """The options that may differ between parameter groups."""
 
-    # So that rho / beta is finite in float32 for the least beta.
     rho: float = _option(
         0.05,
-        lambda x: _is_number(x) and 0 <= x <= 1e28,
-        "a number >= 0, at most 1e28,",
+        lambda x: _is_number(x) and 0 <= x <= 1e18,
+        "a number >= 0, at most 1e18,",
         "radius of the neighbourhood, in units of the weights; 0 leaves a group unperturbed",
     )
     adaptive: bool = _option(
@@ -102,7 +99,7 @@ class Settings:
         0.6,
         "share of the weights that a step perturbs: the probability with which each tensor, or each weight, is drawn "
         "(stochastic weight perturbation); at least one tensor is",
-        least=2**-32,
+        least=1e-18,  # so that rho / beta is finite in float32
     )
     gamma: float = _share(
         0.5,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from esam_kernels import ops
-from esam_kernels.weight_mask import draw_tensors
+from esam_kernels.passes.draw import draw_tensors
 
 from .. import record
 from ..measuring.clock import peak_memory

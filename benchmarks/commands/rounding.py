@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import trange
 
-from esam_kernels import ops, sharpness
+from esam_kernels import ops
+from esam_kernels.passes import perturb
 
 from .. import record
 from ..report import tables
@@ -59,7 +60,7 @@ def rows_of(rhos: Sequence[float]) -> list[Row]:
 @contextmanager
 def rounding_to_nearest() -> Iterator[None]:
     """Let ESAM perturb without random bits: the control, for which it has no option."""
-    with patch.object(sharpness.Perturbation, "_mask", lambda *_: None):
+    with patch.object(perturb, "element_mask", lambda *_: None):
         yield
 
 

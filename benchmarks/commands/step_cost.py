@@ -38,7 +38,7 @@ from esam_kernels import ESAM, ops
 from esam_kernels.closure import Losses
 from esam_kernels.model_state import ModelState
 from esam_kernels.options import STEP, count_of
-from esam_kernels.weight_mask import draw_tensors
+from esam_kernels.passes.draw import draw_tensors
 
 from .. import record
 from ..measuring.clock import Stopwatch, ratio, spread, turn

@@ -104,12 +104,6 @@ def micro_batches(inputs: Tensor, targets: Tensor, count: int) -> Iterator[tuple
     return zip(inputs.chunk(count), targets.chunk(count))
 
 
-def esam_options(settings: Settings) -> dict[str, Any]:
-    """ESAM's options as its constructor takes them."""
-    esam = dict(settings.esam)
-    return esam | {"steering_dtype": esam["steering_dtype"] and getattr(torch, esam["steering_dtype"])}
-
-
 class SGDTrainer(Trainer):
     """The base optimizer alone."""
 
@@ -204,7 +198,7 @@ class ESAMTrainer(Trainer):
 
     def make_optimizer(self) -> ESAM:
         """ESAM around SGD, with every option that it has."""
-        return ESAM(self.model.parameters(), torch.optim.SGD, **esam_options(self.settings), **self.settings.sgd)
+        return ESAM(self.model.parameters(), torch.optim.SGD, **self.settings.esam, **self.settings.sgd)
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The three passes of ESAM."""

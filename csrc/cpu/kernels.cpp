@@ -36,12 +36,12 @@ const C* load(const T* source, int64_t count, C* buffer) {
 // The words of one block's elements.
 class Words {
  public:
-  Words(const Randomness& random, Stream stream, const Operand& operand, int64_t begin, int64_t count) {
+  Words(const ElementMask& mask, Stream stream, const Operand& operand, int64_t begin, int64_t count) {
     const uint64_t first = static_cast<uint64_t>(operand.offset + begin);
     skipped_ = first % 4;
     const int64_t groups = (skipped_ + count + 3) / 4;
     for (int64_t i = 0; i < groups; ++i) {
-      element_words(random, stream, operand.id, first / 4 + i, words_[i]);
+      element_words(mask, stream, operand.id, first / 4 + i, words_[i]);
     }
   }
 
@@ -76,16 +76,16 @@ void finish_streams() {
 
 // x <- m * x
 template <typename C>
-void apply_mask(const Randomness& random, const Operand& operand, int64_t begin, int64_t count, const C* x, C* result) {
-  const Words drawn(random, Stream::kElement, operand, begin, count);
+void apply_mask(const ElementMask& mask, const Operand& operand, int64_t begin, int64_t count, const C* x, C* result) {
+  const Words drawn(mask, Stream::kElement, operand, begin, count);
   const uint32_t* words = drawn.data();
-  const uint32_t threshold = static_cast<uint32_t>(random.threshold);
+  const uint32_t threshold = static_cast<uint32_t>(mask.threshold);
   // A product, as in the reference: a gradient that is not finite makes the norm so even where it is masked.
   for (int64_t j = 0; j < count; ++j) result[j] = x[j] * static_cast<C>(words[j] < threshold ? 1 : 0);
 }
 
 template <typename P, typename G>
-double squared_norm(const Operand& operand, int64_t begin, int64_t end, bool adaptive, const Randomness& random) {
+double squared_norm(const Operand& operand, int64_t begin, int64_t end, bool adaptive, const ElementMask& mask) {
   using C = Compute<P>;
   const P* param = static_cast<const P*>(operand.param);
   const G* grad = static_cast<const G*>(operand.grad);
@@ -99,8 +99,8 @@ double squared_norm(const Operand& operand, int64_t begin, int64_t end, bool ada
       for (int64_t j = 0; j < count; ++j) buffer[j] = x[j] * w[j];
       x = buffer;
     }
-    if (random.masked()) {
-      apply_mask(random, operand, i, count, x, buffer);
+    if (mask.masked()) {
+      apply_mask(mask, operand, i, count, x, buffer);
       x = buffer;
     }
     C lanes[kLanes] = {};
@@ -117,7 +117,7 @@ double squared_norm(const Operand& operand, int64_t begin, int64_t end, bool ada
 }
 
 template <typename P, typename G>
-void perturb(const Operand& operand, int64_t begin, int64_t end, double norm, bool adaptive, const Randomness& random,
+void perturb(const Operand& operand, int64_t begin, int64_t end, double norm, bool adaptive, const ElementMask& mask,
              bool streaming) {
   using C = Compute<P>;
   P* param = static_cast<P*>(operand.param);
@@ -140,16 +140,16 @@ void perturb(const Operand& operand, int64_t begin, int64_t end, double norm, bo
       for (int64_t j = 0; j < count; ++j) buffer[j] = w[j] * w[j] * x[j];
       x = buffer;
     }
-    if (random.masked()) {
-      apply_mask(random, operand, i, count, x, buffer);
+    if (mask.masked()) {
+      apply_mask(mask, operand, i, count, x, buffer);
       x = buffer;
     }
     if constexpr (std::is_same_v<P, C>) {
       for (int64_t j = 0; j < count; ++j) param[i + j] = std::fma(scale, x[j], param[i + j]);
     } else {
       for (int64_t j = 0; j < count; ++j) weights[j] = std::fma(scale, x[j], w[j]);
-      if (random.present) {
-        const Words drawn(random, Stream::kRounding, operand, i, count);
+      if (mask.present) {
+        const Words drawn(mask, Stream::kRounding, operand, i, count);
         const uint32_t* words = drawn.data();
         for (int64_t j = 0; j < count; ++j) weights[j] = round_stochastically<P>(weights[j], words[j]);
       }
@@ -175,16 +175,16 @@ auto dispatch(const Operand& operand, F function) {
   }
 }
 
-double squared_norm_any(const Operand& operand, int64_t begin, int64_t end, bool adaptive, const Randomness& random) {
+double squared_norm_any(const Operand& operand, int64_t begin, int64_t end, bool adaptive, const ElementMask& mask) {
   return dispatch(operand, [&](auto p, auto g) {
-    return squared_norm<decltype(p), decltype(g)>(operand, begin, end, adaptive, random);
+    return squared_norm<decltype(p), decltype(g)>(operand, begin, end, adaptive, mask);
   });
 }
 
 void perturb_any(const Operand& operand, int64_t begin, int64_t end, double norm, bool adaptive,
-                 const Randomness& random, bool streaming) {
+                 const ElementMask& mask, bool streaming) {
   dispatch(operand, [&](auto p, auto g) {
-    perturb<decltype(p), decltype(g)>(operand, begin, end, norm, adaptive, random, streaming);
+    perturb<decltype(p), decltype(g)>(operand, begin, end, norm, adaptive, mask, streaming);
   });
 }
 

@@ -11,11 +11,11 @@ namespace esam::cpu {
 
 struct Kernels {
   // Sum of (m * |w|^a * g)^2 over elements begin, ..., end - 1.
-  double (*squared_norm)(const Operand& operand, int64_t begin, int64_t end, bool adaptive, const Randomness& random);
+  double (*squared_norm)(const Operand& operand, int64_t begin, int64_t end, bool adaptive, const ElementMask& mask);
   // backup <- w, past the caches if streaming; w <- w + coefficient / (norm + eps) * m * w^2a * g, unless the norm is
   // not finite.
   void (*perturb)(const Operand& operand, int64_t begin, int64_t end, double norm, bool adaptive,
-                  const Randomness& random, bool streaming);
+                  const ElementMask& mask, bool streaming);
 };
 
 extern const Kernels kernels_baseline;

@@ -76,21 +76,21 @@ class Chunks {
   std::vector<int64_t> starts_, sizes_;
 };
 
-double sum_of_squares(const std::vector<Operand>& table, bool adaptive, const Randomness& random) {
+double sum_of_squares(const std::vector<Operand>& table, bool adaptive, const ElementMask& mask) {
   const Chunks chunks(table);
   std::vector<double> sums(chunks.count());
   chunks.for_each([&](int64_t chunk, size_t i, int64_t begin, int64_t end) {
-    sums[chunk] += kernels().squared_norm(table[i], begin, end, adaptive, random);
+    sums[chunk] += kernels().squared_norm(table[i], begin, end, adaptive, mask);
   });
   return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
-void perturb(const std::vector<Operand>& table, double norm, bool adaptive, const Randomness& random) {
+void perturb(const std::vector<Operand>& table, double norm, bool adaptive, const ElementMask& mask) {
   int64_t bytes = 0;
   for (const Operand& operand : table) bytes += operand.size * element_size(operand.dtype);
   const bool streaming = bytes > kCacheBytes;
   Chunks(table).for_each([&](int64_t, size_t i, int64_t begin, int64_t end) {
-    kernels().perturb(table[i], begin, end, norm, adaptive, random, streaming);
+    kernels().perturb(table[i], begin, end, norm, adaptive, mask, streaming);
   });
 }
 
@@ -116,8 +116,8 @@ Tensor squared_norm(const Tensors& params, const Tensors& grads, bool adaptive, 
                     int64_t threshold, const Ints& tensor_ids, const Ints& offsets) {
   std::vector<Operand> table = operands(params);
   add_grads(params, grads, table);
-  const Randomness random = add_randomness(seed, step, threshold, tensor_ids, offsets, table);
-  return write(params, sum_of_squares(table, adaptive, random), false);
+  const ElementMask mask = add_mask(seed, step, threshold, tensor_ids, offsets, table);
+  return write(params, sum_of_squares(table, adaptive, mask), false);
 }
 
 void perturb_(const Tensors& params, const Tensors& grads, const Tensors& backups,
@@ -127,9 +127,9 @@ void perturb_(const Tensors& params, const Tensors& grads, const Tensors& backup
   add_grads(params, grads, table);
   add_backups(params, backups, table);
   add_coefficients(coefficients, table);
-  const Randomness random = add_randomness(seed, step, threshold, tensor_ids, offsets, table);
+  const ElementMask mask = add_mask(seed, step, threshold, tensor_ids, offsets, table);
   check_norm(params, norm);
-  perturb(table, read(norm), adaptive, random);
+  perturb(table, read(norm), adaptive, mask);
 }
 
 Tensor norm_and_perturb_(const Tensors& params, const Tensors& grads, const Tensors& backups,
@@ -139,9 +139,9 @@ Tensor norm_and_perturb_(const Tensors& params, const Tensors& grads, const Tens
   add_grads(params, grads, table);
   add_backups(params, backups, table);
   add_coefficients(coefficients, table);
-  const Randomness random = add_randomness(seed, step, threshold, tensor_ids, offsets, table);
-  const Tensor norm = write(params, sum_of_squares(table, adaptive, random), true);
-  perturb(table, read(norm), adaptive, random);
+  const ElementMask mask = add_mask(seed, step, threshold, tensor_ids, offsets, table);
+  const Tensor norm = write(params, sum_of_squares(table, adaptive, mask), true);
+  perturb(table, read(norm), adaptive, mask);
   return norm;
 }
 

@@ -78,17 +78,17 @@ __device__ void store(void* target, int64_t j, const Pack<T, N>& pack) {
 
 // The words of elements j, ..., j + N - 1; several only where the first opens a group of four.
 template <int N, typename C>
-__device__ void draw(const Randomness& random, Stream stream, const Row<C>& row, int64_t j, uint32_t (&words)[N]) {
+__device__ void draw(const ElementMask& mask, Stream stream, const Row<C>& row, int64_t j, uint32_t (&words)[N]) {
   const uint64_t first = static_cast<uint64_t>(row.offset + j);
   uint32_t group[4];
   if constexpr (N == 1) {
-    element_words(random, stream, row.id, first / 4, group);
+    element_words(mask, stream, row.id, first / 4, group);
     const uint32_t k = first % 4;
     words[0] = k == 0 ? group[0] : k == 1 ? group[1] : k == 2 ? group[2] : group[3];
   } else {
 #pragma unroll
     for (int i = 0; i < N; i += 4) {
-      element_words(random, stream, row.id, first / 4 + i / 4, group);
+      element_words(mask, stream, row.id, first / 4 + i / 4, group);
 #pragma unroll
       for (int k = 0; k < 4; ++k) words[i + k] = group[k];
     }
@@ -98,7 +98,7 @@ __device__ void draw(const Randomness& random, Stream stream, const Row<C>& row,
 // m * w^(power * a) * g for N elements of one row.
 template <int N, int power, typename P, typename G, typename C>
 __device__ void weighted_gradient(const Row<C>& row, int64_t j, const Pack<P, N>& w, bool adaptive,
-                                  const Randomness& random, C (&x)[N]) {
+                                  const ElementMask& mask, C (&x)[N]) {
   const Pack<G, N> g = load<N, G>(row.grad, j);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
@@ -108,12 +108,12 @@ __device__ void weighted_gradient(const Row<C>& row, int64_t j, const Pack<P, N>
       x[i] *= power == 2 ? weight * weight : weight;
     }
   }
-  if (random.masked()) {
+  if (mask.masked()) {
     uint32_t words[N];
-    draw(random, Stream::kElement, row, j, words);
+    draw(mask, Stream::kElement, row, j, words);
     // A product, as in the reference: a gradient that is not finite makes the norm so even where it is masked.
 #pragma unroll
-    for (int i = 0; i < N; ++i) x[i] *= words[i] < static_cast<uint32_t>(random.threshold) ? 1 : 0;
+    for (int i = 0; i < N; ++i) x[i] *= words[i] < static_cast<uint32_t>(mask.threshold) ? 1 : 0;
   }
 }
 
@@ -169,13 +169,13 @@ __device__ T warp_sum(T x) {
 
 // The sum of squares of m * w^a * g over a chunk, in one order; only thread 0 has it.
 template <typename P, typename G, typename C>
-__device__ C squared_norm_of(const Chunk<C>& chunk, bool adaptive, const Randomness& random) {
+__device__ C squared_norm_of(const Chunk<C>& chunk, bool adaptive, const ElementMask& mask) {
   C sum = 0;
   for_each_pack<P>(chunk, [&](auto width, int64_t j) {
     constexpr int N = decltype(width)::value;
     const Pack<P, N> w = adaptive ? load<N, P>(chunk.row.param, j) : Pack<P, N>{};
     C x[N];
-    weighted_gradient<N, 1, P, G>(chunk.row, j, w, adaptive, random, x);
+    weighted_gradient<N, 1, P, G>(chunk.row, j, w, adaptive, mask, x);
 #pragma unroll
     for (int i = 0; i < N; ++i) sum = fma(x[i], x[i], sum);
   });
@@ -208,7 +208,7 @@ __device__ double add_up(const double* partial_sums, int64_t count) {
 }
 
 template <typename P, typename G, typename C>
-__device__ void perturb_chunk(const Chunk<C>& chunk, C norm, bool adaptive, const Randomness& random) {
+__device__ void perturb_chunk(const Chunk<C>& chunk, C norm, bool adaptive, const ElementMask& mask) {
   const Row<C>& row = chunk.row;
   const C scale = row.coefficient / (norm + static_cast<C>(kEps));
   const bool moves = isfinite(norm);
@@ -218,16 +218,16 @@ __device__ void perturb_chunk(const Chunk<C>& chunk, C norm, bool adaptive, cons
     store(row.backup, j, w);
     if (!moves) return;
     C x[N];
-    weighted_gradient<N, 2, P, G>(row, j, w, adaptive, random, x);
+    weighted_gradient<N, 2, P, G>(row, j, w, adaptive, mask, x);
 #pragma unroll
     for (int i = 0; i < N; ++i) x[i] = fma(scale, x[i], widened<C>(w.values[i]));
     if constexpr (std::is_same_v<P, C>) {
 #pragma unroll
       for (int i = 0; i < N; ++i) w.values[i] = x[i];
     } else {
-      if (random.present) {
+      if (mask.present) {
         uint32_t words[N];
-        draw(random, Stream::kRounding, row, j, words);
+        draw(mask, Stream::kRounding, row, j, words);
 #pragma unroll
         for (int i = 0; i < N; ++i) x[i] = round_stochastically<P>(x[i], words[i]);
       }
@@ -240,9 +240,9 @@ __device__ void perturb_chunk(const Chunk<C>& chunk, C norm, bool adaptive, cons
 
 template <typename P, typename G>
 __global__ void __launch_bounds__(kThreads)
-    squared_norm_kernel(const __grid_constant__ Table<Compute<P>> table, const __grid_constant__ Randomness random,
+    squared_norm_kernel(const __grid_constant__ Table<Compute<P>> table, const __grid_constant__ ElementMask mask,
                         bool adaptive, double* partial_sums) {
-  const Compute<P> sum = squared_norm_of<P, G>(find_chunk(table), adaptive, random);
+  const Compute<P> sum = squared_norm_of<P, G>(find_chunk(table), adaptive, mask);
   if (threadIdx.x == 0) partial_sums[blockIdx.x] = sum;
 }
 
@@ -256,27 +256,27 @@ __global__ void __launch_bounds__(kWideThreads)
 
 template <typename P, typename G>
 __global__ void __launch_bounds__(kThreads)
-    perturb_kernel(const __grid_constant__ Table<Compute<P>> table, const __grid_constant__ Randomness random,
+    perturb_kernel(const __grid_constant__ Table<Compute<P>> table, const __grid_constant__ ElementMask mask,
                    bool adaptive, const void* norm, bool norm_is_double) {
   using C = Compute<P>;
   const C total = norm_is_double ? static_cast<C>(*static_cast<const double*>(norm))
                                  : static_cast<C>(*static_cast<const float*>(norm));
-  perturb_chunk<P, G>(find_chunk(table), total, adaptive, random);
+  perturb_chunk<P, G>(find_chunk(table), total, adaptive, mask);
 }
 
 // Both in one launch, whose blocks run at the same time and wait for each other's partial sums.
 template <typename P, typename G>
 __global__ void __launch_bounds__(kThreads)
-    norm_and_perturb_kernel(const __grid_constant__ Table<Compute<P>> table, const __grid_constant__ Randomness random,
+    norm_and_perturb_kernel(const __grid_constant__ Table<Compute<P>> table, const __grid_constant__ ElementMask mask,
                             bool adaptive, double* partial_sums, Compute<P>* norm) {
   using C = Compute<P>;
   const Chunk<C> chunk = find_chunk(table);
-  const C sum = squared_norm_of<P, G>(chunk, adaptive, random);
+  const C sum = squared_norm_of<P, G>(chunk, adaptive, mask);
   if (threadIdx.x == 0) partial_sums[blockIdx.x] = sum;
   cooperative_groups::this_grid().sync();
   const C total = sqrt(static_cast<C>(add_up<kThreads>(partial_sums, gridDim.x)));
   if (blockIdx.x == 0 && threadIdx.x == 0) *norm = total;
-  perturb_chunk<P, G>(chunk, total, adaptive, random);
+  perturb_chunk<P, G>(chunk, total, adaptive, mask);
 }
 
 template <typename P>
@@ -434,12 +434,12 @@ void for_each_table(const std::vector<Operand>& operands, F function) {
 }
 
 // result <- the sum of squares, or its square root.
-void sum_squares(const std::vector<Operand>& operands, bool adaptive, const Randomness& random, double* partial_sums,
+void sum_squares(const std::vector<Operand>& operands, bool adaptive, const ElementMask& mask, double* partial_sums,
                  bool root, void* result, bool result_is_double, void* stream) {
   int64_t count = 0;
   for_each_table(operands, [&](auto p, auto g, const auto& table, uint32_t blocks) {
     const auto kernel = squared_norm_kernel<decltype(p), decltype(g)>;
-    check(launch(kernel, blocks, kThreads, stream, false, table, random, adaptive, partial_sums + count));
+    check(launch(kernel, blocks, kThreads, stream, false, table, mask, adaptive, partial_sums + count));
     count += blocks;
   });
   const double* const sums = partial_sums;
@@ -451,7 +451,7 @@ void sum_squares(const std::vector<Operand>& operands, bool adaptive, const Rand
 }
 
 // Whether the operands were few and small enough to be perturbed by one launch, and have been.
-bool perturb_in_one_launch(const std::vector<Operand>& operands, bool adaptive, const Randomness& random,
+bool perturb_in_one_launch(const std::vector<Operand>& operands, bool adaptive, const ElementMask& mask,
                            double* partial_sums, void* norm, bool norm_is_double, void* stream) {
   bool done = false;
   for_each_table(operands, [&](auto p, auto g, const auto& table, uint32_t blocks) {
@@ -460,7 +460,7 @@ bool perturb_in_one_launch(const std::vector<Operand>& operands, bool adaptive, 
     // Empty tensors may make the norm wider than all that is moved.
     if (norm_is_double != std::is_same_v<C, double> || blocks != count_partial_sums(operands)) return;
     if (blocks > count_resident_blocks(kernel)) return;
-    const cudaError_t error = launch(kernel, blocks, kThreads, stream, true, table, random, adaptive, partial_sums,
+    const cudaError_t error = launch(kernel, blocks, kThreads, stream, true, table, mask, adaptive, partial_sums,
                                      static_cast<C*>(norm));
     done = error == cudaSuccess;
     // Where a process is given a part of the device, less fits than the device says.
@@ -481,24 +481,24 @@ int64_t count_partial_sums(const std::vector<Operand>& operands) {
   return count;
 }
 
-void squared_norm(const std::vector<Operand>& operands, bool adaptive, const Randomness& random, double* partial_sums,
+void squared_norm(const std::vector<Operand>& operands, bool adaptive, const ElementMask& mask, double* partial_sums,
                   void* result, bool result_is_double, void* stream) {
-  sum_squares(operands, adaptive, random, partial_sums, false, result, result_is_double, stream);
+  sum_squares(operands, adaptive, mask, partial_sums, false, result, result_is_double, stream);
 }
 
 void perturb(const std::vector<Operand>& operands, const void* norm, bool norm_is_double, bool adaptive,
-             const Randomness& random, void* stream) {
+             const ElementMask& mask, void* stream) {
   for_each_table(operands, [&](auto p, auto g, const auto& table, uint32_t blocks) {
     const auto kernel = perturb_kernel<decltype(p), decltype(g)>;
-    check(launch(kernel, blocks, kThreads, stream, false, table, random, adaptive, norm, norm_is_double));
+    check(launch(kernel, blocks, kThreads, stream, false, table, mask, adaptive, norm, norm_is_double));
   });
 }
 
-void norm_and_perturb(const std::vector<Operand>& operands, bool adaptive, const Randomness& random,
+void norm_and_perturb(const std::vector<Operand>& operands, bool adaptive, const ElementMask& mask,
                       double* partial_sums, void* norm, bool norm_is_double, void* stream) {
-  if (perturb_in_one_launch(operands, adaptive, random, partial_sums, norm, norm_is_double, stream)) return;
-  sum_squares(operands, adaptive, random, partial_sums, true, norm, norm_is_double, stream);
-  perturb(operands, norm, norm_is_double, adaptive, random, stream);
+  if (perturb_in_one_launch(operands, adaptive, mask, partial_sums, norm, norm_is_double, stream)) return;
+  sum_squares(operands, adaptive, mask, partial_sums, true, norm, norm_is_double, stream);
+  perturb(operands, norm, norm_is_double, adaptive, mask, stream);
 }
 
 void restore(const std::vector<Operand>& operands, void* stream) {

@@ -16,15 +16,15 @@ namespace esam::cuda {
 int64_t count_partial_sums(const std::vector<Operand>& operands);
 
 // result <- sum of (m * |w|^a * g)^2; partial_sums is scratch on the device.
-void squared_norm(const std::vector<Operand>& operands, bool adaptive, const Randomness& random, double* partial_sums,
+void squared_norm(const std::vector<Operand>& operands, bool adaptive, const ElementMask& mask, double* partial_sums,
                   void* result, bool result_is_double, void* stream);
 
 // backup <- w; w <- w + coefficient / (norm + eps) * m * w^2a * g, unless the norm, on the device, is not finite.
 void perturb(const std::vector<Operand>& operands, const void* norm, bool norm_is_double, bool adaptive,
-             const Randomness& random, void* stream);
+             const ElementMask& mask, void* stream);
 
 // norm <- the square root of squared_norm's result; then as perturb. One launch where all blocks run at the same time.
-void norm_and_perturb(const std::vector<Operand>& operands, bool adaptive, const Randomness& random,
+void norm_and_perturb(const std::vector<Operand>& operands, bool adaptive, const ElementMask& mask,
                       double* partial_sums, void* norm, bool norm_is_double, void* stream);
 
 // w <- backup

@@ -28,11 +28,11 @@ Tensor squared_norm(const Tensors& params, const Tensors& grads, bool adaptive, 
                     int64_t threshold, const Ints& tensor_ids, const Ints& offsets) {
   std::vector<Operand> table = operands(params);
   add_grads(params, grads, table);
-  const Randomness random = add_randomness(seed, step, threshold, tensor_ids, offsets, table);
+  const ElementMask mask = add_mask(seed, step, threshold, tensor_ids, offsets, table);
   const Device device(params[0]);
   const Tensor partial_sums = torch::stable::new_empty(params[0], {count_partial_sums(table)}, ScalarType::Double);
   Tensor result = torch::stable::new_empty(params[0], {}, norm_dtype(params));
-  cuda::squared_norm(table, adaptive, random, partial_sums.mutable_data_ptr<double>(), result.mutable_data_ptr(),
+  cuda::squared_norm(table, adaptive, mask, partial_sums.mutable_data_ptr<double>(), result.mutable_data_ptr(),
                      result.scalar_type() == ScalarType::Double, device.stream());
   return result;
 }
@@ -44,10 +44,10 @@ void perturb_(const Tensors& params, const Tensors& grads, const Tensors& backup
   add_grads(params, grads, table);
   add_backups(params, backups, table);
   add_coefficients(coefficients, table);
-  const Randomness random = add_randomness(seed, step, threshold, tensor_ids, offsets, table);
+  const ElementMask mask = add_mask(seed, step, threshold, tensor_ids, offsets, table);
   check_norm(params, norm);
   const Device device(params[0]);
-  perturb(table, norm.const_data_ptr(), norm.scalar_type() == ScalarType::Double, adaptive, random, device.stream());
+  perturb(table, norm.const_data_ptr(), norm.scalar_type() == ScalarType::Double, adaptive, mask, device.stream());
 }
 
 Tensor norm_and_perturb_(const Tensors& params, const Tensors& grads, const Tensors& backups,
@@ -57,11 +57,11 @@ Tensor norm_and_perturb_(const Tensors& params, const Tensors& grads, const Tens
   add_grads(params, grads, table);
   add_backups(params, backups, table);
   add_coefficients(coefficients, table);
-  const Randomness random = add_randomness(seed, step, threshold, tensor_ids, offsets, table);
+  const ElementMask mask = add_mask(seed, step, threshold, tensor_ids, offsets, table);
   const Device device(params[0]);
   const Tensor partial_sums = torch::stable::new_empty(params[0], {count_partial_sums(table)}, ScalarType::Double);
   Tensor norm = torch::stable::new_empty(params[0], {}, norm_dtype(params));
-  norm_and_perturb(table, adaptive, random, partial_sums.mutable_data_ptr<double>(), norm.mutable_data_ptr(),
+  norm_and_perturb(table, adaptive, mask, partial_sums.mutable_data_ptr<double>(), norm.mutable_data_ptr(),
                    norm.scalar_type() == ScalarType::Double, device.stream());
   return norm;
 }

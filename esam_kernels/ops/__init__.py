@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .reference import ElementMask, same_order
+from .reference import ElementMask, have_same_layout
 
 __all__ = ["ElementMask", "explain", "perturb_", "restore_", "select_top", "squared_norm", "use_backend"]
 
@@ -248,7 +248,7 @@ def _partition(params: Sequence[Tensor], backups: Sequence[Tensor] | None = None
         device = param.device
         if device not in candidates:
             candidates[device] = _candidates(device)
-        same = backups is None or same_order(param, backups[i])
+        same = backups is None or have_same_layout(param, backups[i])
         name = _choose(param, candidates[device]) if same else "reference"
         indices.setdefault((name, device), []).append(i)
     return [(_backends[name], ids) for (name, _), ids in indices.items()]

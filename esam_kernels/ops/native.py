@@ -68,7 +68,7 @@ def squared_norm(
     params: Sequence[Tensor], grads: Sequence[Tensor], adaptive: bool = False, mask: ElementMask | None = None
 ) -> Tensor:
     """‖m * |w|^a * g‖², summed over the lists."""
-    return _ops.squared_norm(params, as_params_lie(params, grads, _reads), adaptive, *_bits(mask))
+    return _ops.squared_norm(params, as_params_lie(params, grads, _reads), adaptive, *_mask_arguments(mask))
 
 
 def perturb_(
@@ -81,7 +81,7 @@ def perturb_(
     mask: ElementMask | None = None,
 ) -> Tensor:
     """backup <- w, then w <- w + e with e = coefficient / (norm + eps) * m * w^2a * g; e = 0 if norm is not finite."""
-    lists, bits = (params, as_params_lie(params, grads, _reads), backups, coefficients), _bits(mask)
+    lists, bits = (params, as_params_lie(params, grads, _reads), backups, coefficients), _mask_arguments(mask)
     changed = [*params, *backups]
     # One line, and no Python between the two calls: a backup's version tells whether the operator has run.
     if norm is None:
@@ -107,7 +107,7 @@ def _reads(param: Tensor, grad: Tensor) -> bool:
     return grad.dtype == param.dtype or grad.dtype == compute_dtype(param)
 
 
-def _bits(mask: ElementMask | None) -> tuple[int, int, int, Sequence[int], Sequence[int]]:
+def _mask_arguments(mask: ElementMask | None) -> tuple[int, int, int, Sequence[int], Sequence[int]]:
     """A mask as the operators take it: seed (as a signed integer), step, threshold, tensor ids, offsets."""
     if mask is None:
         return 0, 0, 0, [], []

@@ -83,7 +83,7 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def same_order(a: Tensor, b: Tensor) -> bool:
+def have_same_layout(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape have each element at the same place, counted from their first."""
     if a.stride() == b.stride():
         return True
@@ -101,7 +101,7 @@ def as_params_lie(
     return [
         tensor
         if (tensor.dtype == param.dtype and tensor.stride() == param.stride())  # nearly always, and quick to see
-        or (same_order(param, tensor) and reads(param, tensor))
+        or (have_same_layout(param, tensor) and reads(param, tensor))
         else torch.empty_like(param, dtype=tensor.dtype if reads(param, tensor) else compute_dtype(param)).copy_(tensor)
         for param, tensor in zip(params, tensors)
     ]

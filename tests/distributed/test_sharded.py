@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.torch_version import TorchVersion
 
 from esam_kernels import ESAM, batch_closure, ops
-from esam_kernels.engines import ShardedModules
-from esam_kernels.weight_mask import draw_tensors
+from esam_kernels.passes.draw import draw_tensors
+from esam_kernels.sharding import ShardedModules
 
 STEPS = 5
 SEED = 5

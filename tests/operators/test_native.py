@@ -44,7 +44,7 @@ def perturbed(dtype):
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_opcheck(adaptive):
     params, grads, backups, coefficients, mask = make_lists()
-    operators, bits = torch.ops.esam_kernels, native._bits(mask)
+    operators, bits = torch.ops.esam_kernels, native._mask_arguments(mask)
     calls = {
         operators.squared_norm.default: (params, grads, adaptive, *bits),
         operators.perturb_.default: (params, grads, backups, coefficients, torch.tensor(1.0), adaptive, *bits),
@@ -185,7 +185,7 @@ def test_lists_larger_than_the_caches(dtype):
 @built
 def test_operators_refuse_what_they_cannot_read():
     params, grads, backups, coefficients, _ = make_lists()
-    operators, no_bits = torch.ops.esam_kernels, native._bits(None)
+    operators, no_bits = torch.ops.esam_kernels, native._mask_arguments(None)
     norm = torch.tensor(1.0)
     with pytest.raises(RuntimeError, match="memory layout"):
         operators.squared_norm(params[1:2], [torch.ones(33, 40).t()], False, *no_bits)

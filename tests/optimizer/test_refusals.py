@@ -8,7 +8,8 @@ from networks import batches, cross_entropy, grads, mlp, random_state, same, tra
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from esam_kernels import ESAM, batch_closure, sharpness
+from esam_kernels import ESAM, batch_closure
+from esam_kernels.passes import ascend
 
 INPUTS, TARGETS = batches(1)[0]
 NAN, INF = float("nan"), float("inf")
@@ -486,14 +487,14 @@ class Sometimes(nn.Module):
 
 def test_reentrant_checkpoints_are_looked_for_in_the_first_step_and_when_another_weight_is_missed(monkeypatch):
     searches = 0
-    search = sharpness.has_reentrant_checkpoint
+    search = ascend.has_reentrant_checkpoint
 
     def counting(loss: Tensor) -> bool:
         nonlocal searches
         searches += 1
         return search(loss)
 
-    monkeypatch.setattr(sharpness, "has_reentrant_checkpoint", counting)
+    monkeypatch.setattr(ascend, "has_reentrant_checkpoint", counting)
     model = Sometimes()
     optimizer = sgd(model, beta=0.5)
     closure = batch_closure(model, cross_entropy, INPUTS, TARGETS)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from esam_kernels import ESAM, batch_closure
 from esam_kernels.ops import ElementMask
-from esam_kernels.weight_mask import draw_tensors
+from esam_kernels.passes.draw import draw_tensors
 
 STEPS = 20
 BATCH = 24

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from esam_kernels import ESAM, batch_closure
 from esam_kernels.ops.reference import TENSOR_STREAM, keep_threshold, philox4x32, philox_key
-from esam_kernels.weight_mask import BLOCK, draw_tensors
+from esam_kernels.passes.draw import BLOCK, draw_tensors
 
 INPUTS, TARGETS = batches(1)[0]
 

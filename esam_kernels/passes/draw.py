@@ -1,15 +1,25 @@
-"""Stochastic weight perturbation: which tensors a step draws, from the seed and the step's number alone.
+"""Stochastic weight perturbation: which weights a step draws, from the seed and the step's number alone.
 
-Source: ESAM (Du et al., ICLR 2022, arXiv 2110.03141) section 3.1. Masks of single elements are drawn
-inside the operators, by `ops.ElementMask`.
+Source: ESAM (Du et al., ICLR 2022, arXiv 2110.03141) section 3.1. Masks of single elements are drawn inside the
+operators, by ``ops.ElementMask``.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
 
-from .ops.reference import keep_threshold, tensor_words
+from ..ops.reference import keep_threshold, tensor_words
+from ..step import Step, Weight
 
 BLOCK = 16  # steps that are drawn at once: some hundred small tensor operations take as long for one
+
+
+def drawn(step: Step) -> list[Weight]:
+    """The weights that the step perturbs as a whole, or elements of which it perturbs."""
+    weights, settings = step.weights, step.settings
+    if settings.granularity == "element" or not weights:
+        return list(weights)
+    ids = [weight.tensor_id for weight in weights]
+    return [weights[i] for i in draw_tensors(ids, settings.beta, settings.seed, step.number)]
 
 
 def draw_tensors(tensor_ids: Sequence[int], beta: float, seed: int, step: int) -> list[int]:

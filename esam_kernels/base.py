@@ -1,0 +1,128 @@
+"""What may stand under ESAM, and what of it shows through."""
+
+import inspect
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops.reference import is_dense
+from .options import OPTIONS, STEP, STORED
+from .sharding import local_shard
+
+
+def of_base(name: str) -> Any:
+    """An attribute that is the base optimizer's, also when it is set and deleted."""
+    return property(
+        lambda self: getattr(self.base, name),
+        lambda self, value: setattr(self.base, name, value),
+        lambda self: delattr(self.base, name),
+    )
+
+
+def params_of(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
+    """All parameters of the groups, in the order of the state dict."""
+    return [param for group in groups for param in group["params"]]
+
+
+def make_base(
+    params: Any, base: type[torch.optim.Optimizer] | torch.optim.Optimizer, base_options: dict[str, Any]
+) -> tuple[torch.optim.Optimizer, dict[str, str]]:
+    """The base optimizer, and under which key each of ESAM's options stands in its groups.
+
+    Args:
+        params: what the constructor was given.
+        base: a class, which is made; or an optimizer, which is checked.
+        base_options: for the class.
+
+    Raises:
+        TypeError: if ``base`` is no optimizer.
+        ValueError: if it cannot be the base of an ESAM, or what is given with it does not fit.
+    """
+    kind = base if isinstance(base, type) else type(base)
+    if not issubclass(kind, torch.optim.Optimizer):
+        raise TypeError(f"base is {base!r}: give an optimizer's class, such as torch.optim.SGD, or an optimizer")
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if hasattr(kind, "second_step") or (closure is not None and closure.default is inspect.Parameter.empty):
+        raise ValueError(f"{kind.__name__} evaluates a closure in its own step, so ESAM cannot be built on it")
+    if isinstance(base, torch.optim.Optimizer):
+        if STEP in base.defaults:
+            raise ValueError(f"this {kind.__name__} is the base of another ESAM already: make a new one")
+        _check_same_params(params, base)
+        if base_options:
+            raise ValueError(f"{next(iter(base_options))} cannot be set: the base optimizer is made already")
+        check_not_empty(params_of(base.param_groups))
+        return base, {name: f"esam_{name}" if name in base.defaults else name for name in STORED}
+    taken = sorted(OPTIONS.keys() & inspect.signature(kind).parameters.keys())
+    if taken:
+        raise ValueError(
+            f"{kind.__name__} has an option {taken[0]!r} of its own: make it first and give the optimizer as base, "
+            f"ESAM(None, {kind.__name__}(params, {taken[0]}=...), {taken[0]}=...)"
+        )
+    params = params if isinstance(params, Tensor) else list(params)
+    check_not_empty(params)
+    made = base(params, **base_options)
+    check_not_empty(params_of(made.param_groups))
+    return made, {name: name for name in STORED}
+
+
+def check_params(groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse groups whose parameters ESAM cannot perturb.
+
+    Raises:
+        ValueError: if a group maximizes, or a parameter is complex.
+    """
+    for group in groups:
+        if group.get("maximize"):
+            raise ValueError("maximize = True: ESAM minimizes the loss; negate it and leave maximize out")
+        for param in group["params"]:
+            if param.is_complex():
+                raise ValueError(
+                    f"a parameter of shape {list(param.shape)} is {param.dtype}: ESAM takes real parameters; "
+                    "torch.view_as_real gives such a one"
+                )
+
+
+def check_storage(params: Sequence[Tensor]) -> None:
+    """Refuse parameters that share elements: the backup of one would hold the perturbed elements of the other.
+
+    Raises:
+        ValueError: if two do.
+    """
+    spans = []
+    for param in map(local_shard, params):
+        if param.numel() > 0 and param.device.type != "meta" and is_dense(param):
+            spans.append((param.data_ptr(), param.data_ptr() + param.numel() * param.element_size(), list(param.shape)))
+    spans.sort(key=lambda span: span[:2])
+    for (_, end, shape), (start, _, other) in itertools.pairwise(spans):
+        if start < end:
+            raise ValueError(
+                f"parameters of shapes {shape} and {other} share memory: to tie weights, use one Parameter in both "
+                "places"
+            )
+
+
+def check_not_empty(params: Any) -> None:
+    """Refuse an empty list of parameters.
+
+    Raises:
+        ValueError: if it is one.
+    """
+    if isinstance(params, list) and not params:
+        raise ValueError(
+            "got an empty parameter list: give the parameters that are to be trained, such as model.parameters(), "
+            "which can be gone through only once"
+        )
+
+
+def _check_same_params(params: Iterable[Any] | None, base: torch.optim.Optimizer) -> None:
+    if params is None:
+        return
+    given = list(params)
+    if given and isinstance(given[0], dict):
+        given = params_of(given)
+    given = [item[1] if isinstance(item, tuple) else item for item in given]  # named parameters
+    if {id(param) for param in given} != {id(param) for param in params_of(base.param_groups)}:
+        raise ValueError("params are not the base optimizer's: give params=None, or the same ones")

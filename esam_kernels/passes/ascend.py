@@ -1,0 +1,148 @@
+"""Pass 1: the losses at w, and the gradient of the drawn weights, along which they are perturbed."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..step import Step, Weight
+from .descend import accumulate, loss_scale
+from .draw import drawn
+from .evaluate import MicroBatch, divisor, steered
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """Where to climb, and from what losses.
+
+    Attributes:
+        weights: the drawn weights.
+        grads: their gradients, up to a common factor: only their direction matters. None for a weight that the loss
+            does not depend on. Emptied by the perturbation, which needs them last.
+        before: the losses at w.
+        unreached: those of the weights that have no gradient.
+    """
+
+    weights: Sequence[Weight]
+    grads: list[Tensor | None]
+    before: Sequence[MicroBatch]
+    unreached: Sequence[Weight]
+
+
+def ascend(step: Step) -> Ascent:
+    """Run pass 1.
+
+    Raises:
+        ValueError: if a gradient is sparse.
+        RuntimeError: if the model uses reentrant activation checkpoints.
+    """
+    weights = drawn(step)
+    before, grads = (ascend_on_shards if step.model_state.shards else ascend_on_replica)(step, weights)
+    for weight, grad in zip(weights, grads):
+        check_gradient(weight, grad)
+    return Ascent(weights, grads, before, [weight for weight, grad in zip(weights, grads) if grad is None])
+
+
+def ascend_on_replica(step: Step, weights: Sequence[Weight]) -> tuple[list[MicroBatch], list[Tensor | None]]:
+    """The gradient of this rank's own samples, as the SAM paper has it for data parallelism."""
+    step.model_state.forget_weight_copies()
+    params = [weight.param for weight in weights]
+    evaluate, scale = steered(step), loss_scale(step)
+    before: list[MicroBatch] = []
+    grads: list[Tensor | None] = [None] * len(params)
+    for closure in step.closures:
+        micro_batch = evaluate(step, closure)
+        before.append(micro_batch.detach())
+        loss = scale(micro_batch.weighted_sum / divisor(before[0].total_weight))
+        # Not backward(): that would fill .grad, fire the hooks on it, and compute the gradients of all weights.
+        found: list[Tensor | None] = list(
+            step.rollback.interruptible(torch.autograd.grad, loss, params, allow_unused=True)
+        )
+        refuse_reentrant_checkpoints(step, loss, {w.tensor_id for w, grad in zip(weights, found) if grad is None})
+        for i, (total, grad) in enumerate(zip(grads, found)):
+            # Not in place: autograd may return one tensor for two parameters, or a view that repeats an element.
+            grads[i] = grad if total is None else total if grad is None else total + grad
+            found[i] = None  # two lists are in memory at most
+        del micro_batch, loss, found  # the graph, with its activations, before the next one is built
+    return before, grads
+
+
+def ascend_on_shards(step: Step, weights: Sequence[Weight]) -> tuple[list[MicroBatch], list[Tensor | None]]:
+    """The gradient of all ranks' samples, of which each rank gets its shards, by a backward into ``.grad`` alone."""
+    shards, params = step.model_state.shards, [weight.param for weight in weights]
+    put_back = shards.train_only(params, step.rollback)
+    # These parameters may all be unused in a micro-batch: its losses have no graph then, and it no backward.
+    before = accumulate(step, [None] * len(step.closures), steered(step), loss_scale(step), graph=False)
+    shards.reduce_rest()
+    put_back()
+    grads = [param.grad for param in params]
+    for param in params:
+        param.grad = None
+    return before, grads
+
+
+def check_gradient(weight: Weight, grad: Tensor | None) -> None:
+    """Refuse a gradient along which its weight cannot be perturbed.
+
+    Raises:
+        ValueError: if it is sparse.
+    """
+    if grad is not None and grad.layout != torch.strided:
+        raise ValueError(
+            f"parameter {weight.tensor_id}, of shape {list(weight.param.shape)}, has a sparse gradient, which cannot "
+            "be perturbed: make its layer with sparse=False, or give its parameter group rho=0"
+        )
+
+
+def check_reached(ascent: Ascent) -> None:
+    """After the last pass, refuse a first one that found none of the gradients found now: SAM would silently be SGD.
+
+    Raises:
+        RuntimeError: if no weight had a gradient in pass 1 and some have one now; a warning says it if some had.
+    """
+    late = [weight for weight in ascent.unreached if weight.param.grad is not None]
+    if not late:
+        return
+    message = (
+        f"{len(late)} of {len(ascent.weights)} drawn parameters got a gradient in the last pass of the step but none "
+        "in the first, so they were not perturbed: torch.autograd.grad did not reach them. Pass them as inputs to the "
+        "autograd.Function that uses them; if it is torch.utils.checkpoint, give that use_reentrant=False"
+    )
+    if len(ascent.unreached) == len(ascent.weights):
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=2)
+
+
+def refuse_reentrant_checkpoints(step: Step, loss: Tensor, unreached: set[int]) -> None:
+    """Refuse reentrant activation checkpoints, which hide the weights in them from ``torch.autograd.grad``.
+
+    A graph is searched for them in the first sharp step, whatever that draws, and where a weight is missed that never
+    was before: one that no loss depends on costs one search, and not one in each step that draws it.
+
+    Raises:
+        RuntimeError: if there is a reentrant checkpoint in the graph of the loss.
+    """
+    known = step.findings.unreached
+    if known is not None and unreached <= known:
+        return
+    if has_reentrant_checkpoint(loss):
+        raise RuntimeError(
+            "the model uses reentrant activation checkpointing, which hides the gradients of single weights: "
+            "give torch.utils.checkpoint.checkpoint use_reentrant=False"
+        )
+    step.findings.unreached = unreached | (known or set())
+
+
+def has_reentrant_checkpoint(loss: Tensor) -> bool:
+    """Whether the graph of the loss has a node of ``torch.utils.checkpoint``'s reentrant kind."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            if node.name() == "CheckpointFunctionBackward":
+                return True
+    return False

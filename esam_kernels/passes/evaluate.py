@@ -1,0 +1,105 @@
+"""One call of a closure, checked: the losses of a micro-batch, or of some of its rows."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..closure import Closure
+from ..step import Step
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The losses of one micro-batch, and the weights of its samples if the closure gives any; shape [b]."""
+
+    losses: Tensor
+    sample_weights: Tensor | None
+
+    @property
+    def total_weight(self) -> Tensor | int:
+        """The sum of the samples' weights; each is 1 if there are none."""
+        return len(self.losses) if self.sample_weights is None else self.sample_weights.sum()
+
+    @property
+    def weighted_sum(self) -> Tensor:
+        """The sum of the losses, each times its weight."""
+        return (self.losses if self.sample_weights is None else self.losses * self.sample_weights).sum()
+
+    def rows(self, index: Tensor | None) -> "MicroBatch":
+        """Some of the micro-batch; all of it if None."""
+        if index is None:
+            return self
+        weights = None if self.sample_weights is None else self.sample_weights.index_select(0, index)
+        return MicroBatch(self.losses.index_select(0, index), weights)
+
+    def detach(self) -> "MicroBatch":
+        """The same without the graph."""
+        return MicroBatch(self.losses.detach(), self.sample_weights)
+
+
+def mean(micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """The weighted mean of the losses over all micro-batches, 0-dimensional."""
+    total = sum(one.total_weight for one in micro_batches)
+    return torch.stack([one.weighted_sum for one in micro_batches]).sum() / divisor(total)
+
+
+def divisor(total: Tensor | int) -> Tensor | int:
+    """The total weight, or 1 if it is 0: what has no weight, such as rows of padding, gives 0 and not NaN."""
+    return total.masked_fill(total == 0, 1) if isinstance(total, Tensor) else total
+
+
+def steered(step: Step) -> Callable[..., MicroBatch]:
+    """``evaluate`` for a pass that only steers, in the precision that is set for these."""
+    name = step.settings.steering_dtype
+    return evaluate if name is None else step.model_state.low_precision(evaluate, getattr(torch, name))
+
+
+def evaluate(
+    step: Step, closure: Closure, index: Tensor | None = None, size: int | None = None, graph: bool = True
+) -> MicroBatch:
+    """Call the closure for the rows in ``index`` (None: all of them), and check what it returns.
+
+    Args:
+        step: lets signals through.
+        closure: of one micro-batch.
+        index: the rows.
+        size: how many losses there must be, if it is known.
+        graph: whether the losses must have a graph.
+
+    Raises:
+        TypeError: if it does not return a tensor, or two.
+        ValueError: if the losses are not a floating tensor of shape [b], have no graph, or the weights do not fit.
+    """
+    size = size if index is None else len(index)
+    result = step.rollback.interruptible(closure, index)
+    losses, weights = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if not isinstance(losses, Tensor) or not isinstance(weights, Tensor | None):
+        raise TypeError(
+            f"the closure returned {type(result).__name__}: return one loss per sample, a tensor of shape [b], "
+            "or a tuple (losses, weights)"
+        )
+    if losses.dim() == 0:
+        raise ValueError("the closure returned a scalar: return one loss per sample, for example with reduction='none'")
+    if losses.dim() != 1:
+        raise ValueError(
+            f"the closure returned losses of shape {list(losses.shape)}: return one loss per sample, shape [b], for "
+            "example losses.flatten(1).mean(1), or (losses, weights)"
+        )
+    if not losses.dtype.is_floating_point:
+        raise ValueError(f"the closure returned {losses.dtype} losses: return a floating dtype")
+    if len(losses) == 0 or size not in (None, len(losses)):
+        raise ValueError(
+            f"the closure returned {len(losses)} losses for {'a batch' if size is None else size} samples: "
+            "closure(index) is to return the losses of the rows in index, and closure(None) always the same batch"
+        )
+    if graph and not losses.requires_grad:
+        raise ValueError("the closure returned losses without a graph: compute them from the parameters, not detached")
+    if weights is not None and (weights.shape != losses.shape or weights.is_complex()):
+        raise ValueError(
+            f"the closure returned {weights.dtype} weights of shape {list(weights.shape)} for losses of shape "
+            f"{list(losses.shape)}: return one real weight for each loss"
+        )
+    dtype = torch.promote_types(losses.dtype, torch.float32)  # sums of bf16 and fp16 losses would lose their digits
+    return MicroBatch(losses.to(dtype), None if weights is None else weights.detach().to(dtype))

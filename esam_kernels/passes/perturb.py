@@ -1,0 +1,91 @@
+"""The way of the drawn weights uphill and back: w <- w + e with e = (rho / beta) * m*g / (‖m*g‖ + eps).
+
+Source: ESAM (Du et al., ICLR 2022, arXiv 2110.03141) algorithm 1, with the scale rho / beta of the authors' code.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..sharding import is_sharded, local_shard, shard_offset, sum_over_shards
+from ..step import Step, Weight
+from .ascend import Ascent
+
+
+class Perturbation:
+    """The weights that a step has moved uphill, and what they were.
+
+    Attributes:
+        norm: the norm ‖m*g‖ over all drawn weights and ranks, 0-dimensional, on a device. If it is not finite, no
+            weight has moved.
+    """
+
+    norm: Tensor
+
+    def __init__(self) -> None:
+        self._params: list[Tensor] = []
+        self._backups: list[Tensor] = []
+
+    def back_up(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Where an operator is to save these weights before it moves them."""
+        backups = [torch.empty_like(param) for param in params]
+        self._backups += backups
+        self._params += params
+        return backups
+
+    def restore(self) -> None:
+        """Put every weight back, bit for bit. Doing it again changes nothing."""
+        # A backup is whole as soon as its version has moved (see ops.perturb_); until then its weight is untouched.
+        whole = [(param, backup) for param, backup in zip(self._params, self._backups) if backup._version > 0]
+        if whole:
+            ops.restore_([param for param, _ in whole], [backup for _, backup in whole])
+
+
+def perturb(step: Step, ascent: Ascent) -> Perturbation:
+    """Move the drawn weights along their gradients, which are given up; each rank moves its own shards.
+
+    The undo is registered with the step's rollback.
+    """
+    perturbation = Perturbation()
+    step.rollback.undo_by(perturbation.restore)
+    lists = []  # an operator takes weights of one kind, adaptive or not
+    for adaptive in (False, True):
+        kind = [
+            (w, g) for w, g in zip(ascent.weights, ascent.grads) if g is not None and w.settings.adaptive is adaptive
+        ]
+        if kind:
+            weights = [weight for weight, _ in kind]
+            params = [local_shard(weight.param) for weight in weights]
+            grads = [local_shard(grad) for _, grad in kind]
+            coefficients = [weight.settings.rho / step.settings.beta for weight in weights]
+            lists.append((params, grads, coefficients, adaptive, element_mask(step, weights)))
+    if len(lists) == 1 and not is_sharded(ascent.weights[0].param):
+        norm = None  # these are all, so that the operator computes it
+    else:
+        squares = [ops.squared_norm(params, grads, adaptive, mask) for params, grads, _, adaptive, mask in lists]
+        square = torch.stack([square.to(squares[0]) for square in squares] or [torch.zeros(())]).sum()
+        norm = perturbation.norm = sum_over_shards(square, [weight.param for weight in ascent.weights]).sqrt()
+    for params, grads, coefficients, adaptive, mask in lists:
+        backups = perturbation.back_up(params)
+        perturbation.norm = ops.perturb_(params, grads, backups, coefficients, norm, adaptive, mask)
+    ascent.grads.clear()
+    return perturbation
+
+
+def restore(step: Step, perturbation: Perturbation) -> None:
+    """Put the weights back, and give up what copies of the perturbed ones there are."""
+    perturbation.restore()
+    step.model_state.forget_weight_copies()
+
+
+def element_mask(step: Step, weights: Sequence[Weight]) -> ops.ElementMask | None:
+    """What the operators draw for these weights: kept elements, and the rounding of low precision."""
+    settings = step.settings
+    by_element = settings.granularity == "element"
+    if not by_element and not any(weight.param.dtype in (torch.bfloat16, torch.float16) for weight in weights):
+        return None
+    ids = [weight.tensor_id for weight in weights]
+    offsets = [shard_offset(weight.param) for weight in weights]
+    return ops.ElementMask(settings.seed, step.number, ids, settings.beta if by_element else 1.0, offsets)

@@ -1,0 +1,61 @@
+"""The forward at the perturbed weights, and the samples that the gradient is taken on: those whose loss rose most.
+
+Source: sharpness-sensitive data selection, ESAM (Du et al., ICLR 2022, arXiv 2110.03141) section 3.2.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..ops.reference import SAMPLE_STREAM, element_words
+from ..options import count_of
+from ..step import Step
+from .evaluate import MicroBatch, steered
+
+
+def look(step: Step, before: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """Pass 2: the losses at the weights as they are, without a graph, as many as there were ``before``."""
+    step.model_state.forget_weight_copies()
+    evaluate = torch.no_grad()(steered(step))
+    return [evaluate(step, closure, size=len(one.losses), graph=False) for closure, one in zip(step.closures, before)]
+
+
+def select(step: Step, before: Sequence[MicroBatch], after: Sequence[MicroBatch]) -> list[Tensor | None]:
+    """For each micro-batch the rows that the gradient is taken on, ascending; None for all of them.
+
+    Args:
+        step: the step.
+        before: losses at w.
+        after: losses at w + e, if the selection needs them.
+    """
+    settings = step.settings
+    if settings.gamma == 1:
+        return [None] * len(before)
+    low = [one.losses for one in before]
+    if settings.selection == "increase":
+        high = [one.losses for one in after]
+    else:
+        high = low if settings.selection == "loss" else [random_scores(step, i, x) for i, x in enumerate(low)]
+        low = [torch.zeros_like(x) for x in high]
+    for i, one in enumerate(before):
+        if one.sample_weights is not None:  # what has no weight, such as rows of padding, comes last
+            padding = one.sample_weights == 0
+            low[i], high[i] = low[i].masked_fill(padding, 0), high[i].masked_fill(padding, -math.inf)
+    if settings.select_over == "micro_batch" or len(before) == 1:
+        return [ops.select_top(a, b, count_of(settings.gamma, len(a))) for a, b in zip(low, high)]
+    sizes = [len(x) for x in low]
+    index = ops.select_top(torch.cat(low), torch.cat(high), count_of(settings.gamma, sum(sizes)))
+    ends = torch.tensor(sizes).cumsum(0)
+    # How many rows each micro-batch gets is known on the device alone: the one synchronization of this option.
+    cuts = torch.searchsorted(index, ends.to(index.device)).tolist()
+    starts = [0, *ends.tolist()]
+    return [index[i:j] - start for i, j, start in zip([0, *cuts], cuts, starts)]
+
+
+def random_scores(step: Step, micro_batch: int, losses: Tensor) -> Tensor:
+    """Uniform numbers for the samples of a micro-batch, from the seed and the step alone."""
+    words = element_words(step.settings.seed, step.number, micro_batch, SAMPLE_STREAM, 0, len(losses), losses.device)
+    return words.to(torch.float32)

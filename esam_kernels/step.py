@@ -1,0 +1,54 @@
+"""What all passes of one step share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .closure import Closure
+from .model_state import ModelState
+from .options import GroupSettings, Settings
+from .rollback import Rollback
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter that can be perturbed, and how."""
+
+    param: Tensor
+    tensor_id: int  # its place among all parameters of the optimizer, as in the state dict
+    settings: GroupSettings
+
+
+@dataclass
+class Findings:
+    """What a step finds out for those after it."""
+
+    # The ids of the weights that graphs without reentrant checkpoints did not reach; None before the first search.
+    unreached: set[int] | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step, as its passes see it.
+
+    Attributes:
+        number: counts the steps; draws depend on it and the seed alone.
+        settings: what holds for all parameter groups, see ``ESAM``.
+        weights: the parameters that can be perturbed: trainable ones in groups whose rho is not 0.
+        closures: one for each micro-batch; none where the caller runs the passes.
+        model_state: what a forward must not disturb.
+        rollback: where changes are registered before they are made.
+        findings: what the steps before found out.
+        grad_scaler: scales the losses, or None.
+    """
+
+    number: int
+    settings: Settings
+    weights: Sequence[Weight]
+    closures: Sequence[Closure]
+    model_state: ModelState
+    rollback: Rollback
+    findings: Findings = field(default_factory=Findings)
+    grad_scaler: torch.amp.GradScaler | None = None
