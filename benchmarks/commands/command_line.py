@@ -52,7 +52,7 @@ def make_parser(description: str, many: bool = False) -> argparse.ArgumentParser
     add("--lr", type=float, help=f"peak learning rate; default: {default}")
     add("--momentum", type=float, default=0.9, help="default: %(default)s")
     add("--weight-decay", type=float, help="default: 5e-4 for digits, 1e-3 for cifar10")
-    add_esam(parser)
+    add_esam(parser, but=["interval"] if many else [])  # the parts of a step are those of a sharp one
     return parser
 
 

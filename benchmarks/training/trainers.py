@@ -98,6 +98,11 @@ class Trainer(ABC):
         self.scaler.scale(loss).backward()
         return loss.detach()
 
+    def base_step(self) -> None:
+        """The optimizer's step with the gradients that there are, through the loss scaler."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
 
 def micro_batches(inputs: Tensor, targets: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """A batch in that many parts of like size."""
@@ -114,8 +119,7 @@ class SGDTrainer(Trainer):
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """One forward and one backward pass."""
         loss = self.backward(inputs, targets)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.base_step()
         return loss
 
 
@@ -187,8 +191,7 @@ class TwoStepSAMTrainer(SGDTrainer):
         """Put the weights back and take SGD's step."""
         for param, backup in backups:
             param.copy_(backup)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.base_step()
 
 
 class ESAMTrainer(Trainer):
@@ -205,8 +208,7 @@ class ESAMTrainer(Trainer):
         backend = self.settings.backend
         with nullcontext() if backend is None else ops.use_backend(backend):
             loss = self.optimizer.backward(self.closure(inputs, targets), self.scaler)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.base_step()
         return loss
 
     def closure(self, inputs: Tensor, targets: Tensor) -> Any:

@@ -575,24 +575,26 @@ def test_a_time_budget_leaves_the_first_case_one_round_and_the_others_none(tmp_p
 
 def test_whole_parts_and_floor_have_as_many_visits_in_turns_and_the_draw_of_the_round(tmp_path, monkeypatch):
     steps = []  # (what, which weights it draws)
-
-    def draw(bare, step):
-        return {i for i, weight in enumerate(bare.model.parameters()) if any(weight is w for w in drawn(bare, step))}
+    in_parts = []
 
     def esam_step(method, *batch):
-        steps.append(("whole", draw(method, method.optimizer.param_groups[0]["esam_step"])))
+        weights = step_cost.drawn(method, method.optimizer.param_groups[0]["esam_step"])
+        found = {i for i, weight in enumerate(method.model.parameters()) if any(weight is w for w in weights)}
+        steps.append(("parts" if in_parts else "whole", found))
         return whole(method, *batch)
 
-    def parts_of_step(bare, inputs, targets, step):
-        steps.append(("parts", draw(bare, step)))
-        return parts(bare, inputs, targets, step)
+    def parts_of_step(*arguments):
+        in_parts.append(True)
+        found = parts(*arguments)
+        in_parts.clear()
+        return found
 
     def floor_of_step(bare, inputs, targets, weights):
         found = {i for i, weight in enumerate(bare.model.parameters()) if any(weight is w for w in weights)}
         steps.append(("floor", found))
         floor(bare, inputs, targets, weights)
 
-    whole, parts, floor, drawn = ESAMTrainer.step, step_cost.parts_of_step, step_cost.floor_of_step, step_cost.drawn
+    whole, parts, floor = ESAMTrainer.step, step_cost.parts_of_step, step_cost.floor_of_step
     monkeypatch.setattr(ESAMTrainer, "step", esam_step)
     monkeypatch.setattr(step_cost, "parts_of_step", parts_of_step)
     monkeypatch.setattr(step_cost, "floor_of_step", floor_of_step)
@@ -708,11 +710,11 @@ def test_the_parts_are_the_step(model, amp):
     if model == "gpt":
         loss_fn = per_sequence_loss
         shape, batches = {"width": 8, "vocabulary": 16, "context": 8}, data.TokenData(16, 8, CPU)
-    whole, parts = (trainer(name, models.build(model, **shape), settings, CPU, loss_fn) for name in ("esam", "sgd"))
+    whole, parts = (trainer("esam", models.build(model, **shape), settings, CPU, loss_fn) for _ in range(2))
     generator = torch.Generator().manual_seed(0)
-    for step, (inputs, targets) in zip(range(6), batches.train_batches(128, generator)):
+    for _, (inputs, targets) in zip(range(6), batches.train_batches(128, generator)):
         whole.step(inputs, targets)
-        assert len(set(step_cost.parts_of_step(parts, inputs, targets, step))) == 9
+        assert len(step_cost.parts_of_step(parts, inputs, targets, Stopwatch(CPU))) == 9
         states = (method.model.state_dict().values() for method in (whole, parts))
         assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
