@@ -3,17 +3,39 @@
 import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from .rollback import Rollback
 from .sharding import ShardedModules
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+@dataclass
+class Findings:
+    """What a step finds out for those after it."""
+
+    # The ids of the weights that graphs without reentrant checkpoints did not reach; None before the first search.
+    unreached: set[int] | None = None
+    # The places among all parameters of those that forwards write; None before the first forward.
+    written: list[int] | None = None
+    # Whether forwards ask for gradients themselves, as those of physics-informed networks do.
+    forward_needs_graph: bool = False
+
+
+class Start(NamedTuple):
+    """What passes begin with: a function puts back each, as often as it is called."""
+
+    buffers: Callable[[], None]
+    random_state: Callable[[], None]
+    first_pass_has_run: Callable[[], None]  # to be called once, after it
 
 
 class ModelState:
@@ -27,18 +49,62 @@ class ModelState:
         self._params = params
         self._devices = sorted({param.device for param in params} - {torch.device("cpu")}, key=str)
 
-    def keep(self, rollback: Rollback) -> Callable[[], None]:
-        """Register buffers, random state and sharding to be put back if the step fails.
+    def keep(self, rollback: Rollback, findings: Findings, send_buffers: bool = False) -> Start:
+        """Keep all that passes must not disturb, and register it to be put back if the step fails.
 
-        Returns:
-            The function that replays the random state.
+        Args:
+            rollback: the step's.
+            findings: of the steps before.
+            send_buffers: begin with rank 0's buffers, as a forward of ``DistributedDataParallel`` does.
         """
         rollback.undo_by(self.forget_weight_copies)
         rollback.undo_by(self.shards.abandon)
-        rollback.undo_by(self.keep_buffers())
-        replay = self.keep_random_state()
-        rollback.undo_by(replay)
-        return replay
+        buffers, random_state = self.keep_buffers(), self.keep_random_state()
+        rollback.undo_by(buffers)
+        sending = [one for one in self._replicas if one._check_sync_bufs_pre_fwd()] if send_buffers else []
+        for replica in sending:
+            replica._sync_buffers()
+        if sending:
+            buffers = self.keep_buffers()
+        rollback.undo_by(random_state)
+        return Start(buffers, random_state, self.keep_written_weights(rollback, findings))
+
+    def keep_written_weights(self, rollback: Rollback, findings: Findings) -> Callable[[], None]:
+        """Keep the weights that forwards write, such as those of ``nn.Embedding(max_norm=...)``.
+
+        In the first step all are kept, until its first pass has shown which are written.
+
+        Returns:
+            The function to call when the first pass has run.
+        """
+        if self.shards:  # forwards see gathered copies of the weights, and write those
+            return lambda: None
+        known = range(len(self._params)) if findings.written is None else findings.written
+        places = [i for i in known if not is_lazy(self._params[i])]
+        versions = {i: self._params[i]._version for i in places}
+        kept = dict(zip(places, copy_all([self._params[i].data for i in places])))
+
+        def put_back() -> None:
+            copy_into([self._params[i].data for i in kept], list(kept.values()))
+
+        if kept:
+            rollback.undo_by(put_back)
+
+        def first_pass_has_run() -> None:
+            if findings.written is None:
+                written = [i for i in places if self._was_written(i, versions[i], kept[i])]
+                for i in set(places).difference(written):
+                    del kept[i]
+                findings.written = written
+
+        return first_pass_has_run
+
+    def _was_written(self, place: int, version: int, value: Tensor) -> bool:
+        param = self._params[place]
+        if param._version != version:
+            return True
+        # Writes through ``.data`` move no version. On other devices the comparison would synchronize.
+        return param.device.type == "cpu" and not torch.equal(param.data, value)
 
     def keep_buffers(self) -> Callable[[], None]:
         """Keep every buffer and its value; the function that is returned puts them back.
@@ -48,14 +114,14 @@ class ModelState:
         """
         kept = [
             # What was made under inference_mode cannot be written: a copy takes its place.
-            (module, name, buffer.clone() if buffer is not None and buffer.is_inference() else buffer)
+            (module, name, buffer.clone() if buffer is not None and _is_inference(buffer) else buffer)
             for module in self._modules
             for name, buffer in module._buffers.items()
         ]
-        # Nothing can write into a buffer whose elements share memory (an expanded constant): it needs no copy. One that
-        # is None may be made by the next forward.
-        written = [buffer for _, _, buffer in kept if buffer is not None and not _overlaps(buffer)]
+        buffers = [buffer for _, _, buffer in kept if buffer is not None and not is_lazy(buffer)]
+        written = [buffer for buffer in buffers if _is_plain(buffer)]
         values = copy_all(written)
+        special = [(buffer, buffer.clone()) for buffer in buffers if not _is_plain(buffer) and _can_be_written(buffer)]
 
         @torch.no_grad()
         def put_back() -> None:
@@ -65,8 +131,9 @@ class ModelState:
             for buffer, value in zip(written, values):
                 if buffer.shape != value.shape:  # as observers do
                     buffer.resize_(value.shape)
-            for group, copies in zip(_by_dtype(written), _by_dtype(values)):
-                torch._foreach_copy_(group, copies)
+            copy_into(written, values)
+            for buffer, value in special:
+                buffer.copy_(value)
 
         return put_back
 
@@ -95,9 +162,6 @@ class ModelState:
     def bypass_replicas(self, rollback: Rollback) -> Callable[[], None]:
         """Call what ``DistributedDataParallel`` wraps directly, for passes whose gradients are not reduced.
 
-        Only the buffers are sent, as in a forward of its own: pass 1 begins with rank 0's, so that a step leaves on
-        every rank the buffers that a plain step would.
-
         Returns:
             The function that puts the wrappers back.
         """
@@ -108,8 +172,6 @@ class ModelState:
 
         rollback.undo_by(put_back)
         for replica in self._replicas:
-            if replica._check_sync_bufs_pre_fwd():
-                replica._sync_buffers()
             # An instance attribute hides the class's forward; not set through Module, which would register the module.
             vars(replica)["forward"] = replica.module.__call__
         return put_back
@@ -145,9 +207,15 @@ class ModelState:
 def copy_all(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of tensors of any dtypes, in few launches."""
     copies = [torch.empty_like(tensor) for tensor in tensors]
-    for group, copied in zip(_by_dtype(tensors), _by_dtype(copies)):
-        torch._foreach_copy_(copied, group)
+    copy_into(copies, tensors)
     return copies
+
+
+@torch.no_grad()
+def copy_into(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Overwrite tensors of any dtypes, in few launches."""
+    for group, copies in zip(_by_dtype(tensors), _by_dtype(values)):
+        torch._foreach_copy_(group, copies)
 
 
 def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -158,10 +226,22 @@ def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return list(groups.values())
 
 
-def _overlaps(tensor: Tensor) -> bool:
-    if tensor.layout != torch.strided:
-        return True
-    # Asked first since it is so of almost all, and takes a tenth of the time.
-    if tensor.is_contiguous():
+def _is_inference(buffer: Tensor) -> bool:
+    return not is_lazy(buffer) and buffer.is_inference()
+
+
+def _is_plain(buffer: Tensor) -> bool:
+    """Whether foreach operations take it."""
+    if buffer.layout != torch.strided or buffer.is_nested or buffer.is_conj() or buffer.is_neg():
         return False
-    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape))
+    # Asked first since it is so of almost all, and takes a tenth of the time.
+    return buffer.is_contiguous() or not _repeats_elements(buffer)
+
+
+def _can_be_written(buffer: Tensor) -> bool:
+    """Whether an operation can write into it: not into an expanded constant, whose elements share memory."""
+    return buffer.layout != torch.strided or buffer.is_nested or not _repeats_elements(buffer)
+
+
+def _repeats_elements(buffer: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape))

@@ -11,13 +11,17 @@ from torch import Tensor, nn
 from . import options, sharpness
 from .base import check_params, check_storage, make_base, of_base, params_of
 from .closure import Closure
-from .model_state import ModelState
+from .model_state import Findings, ModelState
 from .options import OPTIONS, STEP, STORED
 from .passes.ascend import Ascent, check_gradient
 from .passes.draw import drawn
 from .passes.perturb import Perturbation, perturb
 from .rollback import Rollback
-from .step import Findings, Step, Weight
+from .step import Step, Weight
+
+# No part of a step is traced by torch.compile, which would lose what happens between tensors and optimizer: whoever
+# compiles a whole training step gets a graph break there. Models compiled by themselves stay so.
+eager = torch.compiler.disable
 
 
 @dataclass
@@ -115,6 +119,7 @@ class ESAM(torch.optim.Optimizer):
     def __repr__(self) -> str:
         return f"ESAM({self.base!r})"
 
+    @eager
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, with ESAM's settings and step count in its parameter groups.
 
@@ -124,6 +129,7 @@ class ESAM(torch.optim.Optimizer):
         self._require_idle("state_dict()")
         return self.base.state_dict()
 
+    @eager
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of ESAM's or of the base optimizer's; settings that it lacks stay as they are.
 
@@ -138,6 +144,7 @@ class ESAM(torch.optim.Optimizer):
             for key, value in settings.items():
                 group.setdefault(key, value)
 
+    @eager
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; it may have its own ``rho`` and ``adaptive``.
 
@@ -156,6 +163,7 @@ class ESAM(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    @eager
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of all parameters, as the base optimizer does.
 
@@ -172,6 +180,7 @@ class ESAM(torch.optim.Optimizer):
 
     # A step: a sharpness-aware backward, and an ordinary step.
 
+    @eager
     def backward(self, closure: Closure | Sequence[Closure], grad_scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """Put the sharpness-aware gradient into ``.grad``, in place of what is there; the weights stay as they are.
 
@@ -202,8 +211,8 @@ class ESAM(torch.optim.Optimizer):
         closures = _check_closures(closure)
         rollback = Rollback()
         step = self._make_step(rollback, closures, grad_scaler)
-        try:
-            rollback.open()
+
+        def work() -> Tensor:
             rollback.undo_by(lambda: self._reset(step.number))
             self._progress.phase = "backward()"
             self.base.zero_grad()
@@ -211,12 +220,11 @@ class ESAM(torch.optim.Optimizer):
             self._set_step_count(step.number + 1)
             self._progress.phase = ""
             self._progress.has_gradient = True
-            rollback.close()
             return loss
-        except BaseException as error:
-            rollback.roll_back(error)
-            raise
 
+        return rollback.run(work)
+
+    @eager
     def step(self, closure: Any = None) -> Any:
         """Take the base optimizer's step with the gradients in ``.grad``; with a closure, ``backward(closure)`` first.
 
@@ -232,19 +240,17 @@ class ESAM(torch.optim.Optimizer):
             closure()
         elif closure is not None:
             loss = self.backward(closure)
-        signals = Rollback()  # with nothing to undo: they come before the base optimizer's step, or after it
-        try:
-            signals.open()
+
+        def work() -> None:  # nothing to undo, but signals come before the base optimizer's step, or after it
             self.base.step()
             self._progress.has_gradient = False
-            signals.close()
-        except BaseException as error:
-            signals.roll_back(error)
-            raise
+
+        Rollback().run(work)
         return loss
 
     # The two halves of a step as in davda54/sam, for code that is written so.
 
+    @eager
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturb the weights by the gradients in ``.grad``, of which beta keeps a part.
 
@@ -264,8 +270,8 @@ class ESAM(torch.optim.Optimizer):
                 )
         if all(param.grad is None for param in params_of(self.param_groups)):
             raise RuntimeError("first_step() found no gradients: call loss.backward() before it")
-        try:
-            rollback.open()
+
+        def work() -> None:
             rollback.undo_by(lambda: setattr(self._progress, "perturbation", None))
             weights = drawn(step)
             grads = [weight.param.grad for weight in weights]
@@ -273,13 +279,12 @@ class ESAM(torch.optim.Optimizer):
                 check_gradient(weight, grad)
             self._progress.perturbation = perturb(step, Ascent(weights, grads, (), ()))
             step.model_state.forget_weight_copies()
-            rollback.close()
             if zero_grad:
-                self.zero_grad()
-        except BaseException as error:
-            rollback.roll_back(error)
-            raise
+                self.base.zero_grad()
 
+        rollback.run(work)
+
+    @eager
     def second_step(self, zero_grad: bool = False) -> None:
         """Put the weights back and take the base optimizer's step with the gradients in ``.grad``.
 
@@ -292,6 +297,7 @@ class ESAM(torch.optim.Optimizer):
         if zero_grad:
             self.zero_grad()
 
+    @eager
     def restore(self) -> None:
         """Put the weights back after ``first_step`` without a step, bit for bit.
 

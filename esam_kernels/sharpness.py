@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .options import Settings
 from .passes.ascend import ascend, check_gradient, check_reached
+from .passes.current import enter, leave
 from .passes.descend import descend
 from .passes.evaluate import mean
 from .passes.perturb import perturb, restore
@@ -35,8 +36,12 @@ def backward(step: Step) -> Tensor:
 
 def plain_backward(step: Step) -> Tensor:
     """The base optimizer's own gradient, at w on the whole batch."""
-    step.model_state.keep(step.rollback)
-    return mean(descend(step, [None] * len(step.closures)))
+    start = step.model_state.keep(step.rollback, step.findings)
+    enter(step, "descend")
+    losses = descend(step, [None] * len(step.closures))
+    start.first_pass_has_run()
+    leave()
+    return mean(losses)
 
 
 def sharp_backward(step: Step) -> Tensor:
@@ -47,19 +52,24 @@ def sharp_backward(step: Step) -> Tensor:
             "select_over='all' may leave out a micro-batch on one rank and not on another, where every rank has to "
             "gather the sharded weights for it: set select_over='micro_batch'"
         )
-    replay_random_state = state.keep(step.rollback)
+    start = state.keep(step.rollback, step.findings, send_buffers=True)
     use_replicas = state.bypass_replicas(step.rollback)
 
+    enter(step, "ascend")
     ascent = ascend(step)
+    start.first_pass_has_run()
     put_back_buffers = state.keep_buffers()
     perturbation = perturb(step, ascent)
 
     after = []
     if "look" in passes(step.settings):
-        replay_random_state()  # what drops out is what pass 1 dropped
-        after = look(step, ascent.before)
+        enter(step, "look")
+        after = look(step, ascent.before, start)
     use_replicas()
     rows = select(step, ascent.before, after)
+
+    enter(step, "descend")
+    start.buffers()
     descend(step, rows, ascent.before, perturbation.norm)
     for weight in step.weights:  # the drawn ones were checked in pass 1; what is refused must not depend on the draw
         check_gradient(weight, weight.param.grad)
@@ -67,4 +77,5 @@ def sharp_backward(step: Step) -> Tensor:
 
     restore(step, perturbation)
     put_back_buffers()
+    leave()
     return mean(ascent.before)

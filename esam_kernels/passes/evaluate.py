@@ -35,8 +35,9 @@ class MicroBatch:
         return MicroBatch(self.losses.index_select(0, index), weights)
 
     def detach(self) -> "MicroBatch":
-        """The same without the graph."""
-        return MicroBatch(self.losses.detach(), self.sample_weights)
+        """The same without the graph, in memory of its own: losses may be views of weights, which are about to move."""
+        weights = None if self.sample_weights is None else self.sample_weights.clone()
+        return MicroBatch(self.losses.detach().clone(), weights)
 
 
 def mean(micro_batches: Sequence[MicroBatch]) -> Tensor:

@@ -4,23 +4,40 @@ Source: sharpness-sensitive data selection, ESAM (Du et al., ICLR 2022, arXiv 21
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..model_state import Start
 from ..ops.reference import SAMPLE_STREAM, element_words
 from ..options import count_of
 from ..step import Step
 from .evaluate import MicroBatch, steered
 
 
-def look(step: Step, before: Sequence[MicroBatch]) -> list[MicroBatch]:
-    """Pass 2: the losses at the weights as they are, without a graph, as many as there were ``before``."""
-    step.model_state.forget_weight_copies()
-    evaluate = torch.no_grad()(steered(step))
-    return [evaluate(step, closure, size=len(one.losses), graph=False) for closure, one in zip(step.closures, before)]
+def look(step: Step, before: Sequence[MicroBatch], start: Start) -> list[MicroBatch]:
+    """Pass 2: the losses at the weights as they are, as many as there were ``before``, of the same random numbers.
+
+    Without a graph, unless forwards ask for gradients themselves.
+    """
+
+    def run(evaluate: Callable[..., MicroBatch]) -> list[MicroBatch]:
+        start.buffers()
+        start.random_state()  # what drops out is what pass 1 dropped
+        step.model_state.forget_weight_copies()
+        sizes = [len(one.losses) for one in before]
+        return [evaluate(step, closure, size=size, graph=False).detach() for closure, size in zip(step.closures, sizes)]
+
+    if not step.findings.forward_needs_graph:
+        try:
+            return run(torch.no_grad()(steered(step)))
+        except RuntimeError as error:
+            if "require grad" not in str(error) and "requires grad" not in str(error):
+                raise
+            step.findings.forward_needs_graph = True
+    return run(steered(step))
 
 
 def select(step: Step, before: Sequence[MicroBatch], after: Sequence[MicroBatch]) -> list[Tensor | None]:
