@@ -138,16 +138,20 @@ def parts_through(wrap: Callable[[str, Part], Part], one: ESAMTrainer) -> Iterat
 
 
 def parts_of_step(one: ESAMTrainer, inputs: Tensor, targets: Tensor, stopwatch: Stopwatch) -> dict[str, float]:
-    """Take ESAM's step, with the stopwatch marked where each part of it begins and ends; the seconds of each part."""
-    laps = []
+    """Take ESAM's step, with the stopwatch marked where each part of it begins and ends; the seconds of each part.
+
+    What one part calls of another is the other's.
+    """
+    laps, running = [], [""]  # nameless is what lies between the parts
 
     def timed(name: str, part: Part) -> Part:
         def call(*args: Any, **options: Any) -> Any:
             stopwatch.mark()
-            laps.append("")  # what lies between the parts
+            laps.append(running[-1])
+            running.append(name)
             result = part(*args, **options)
             stopwatch.mark()
-            laps.append(name)
+            laps.append(running.pop())
             return result
 
         return call
@@ -158,8 +162,7 @@ def parts_of_step(one: ESAMTrainer, inputs: Tensor, targets: Tensor, stopwatch: 
     parts: dict[str, float] = defaultdict(float)
     for name, seconds in zip(laps, stopwatch.laps(), strict=True):
         parts[name] += seconds
-    del parts[""]
-    return dict(parts)
+    return {name: seconds for name, seconds in parts.items() if name}
 
 
 def agreement(one: ESAMTrainer, inputs: Tensor, targets: Tensor, step: int) -> tuple[float, float]:

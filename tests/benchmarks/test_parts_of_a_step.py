@@ -64,6 +64,21 @@ def test_what_lies_between_the_passes_is_in_no_part(monkeypatch):
     assert clock.laps().count(3.0) == 1
 
 
+def test_a_part_within_another_takes_nothing_from_it(monkeypatch):
+    """A pass may put buffers back itself: what it does before and after that is its own."""
+    clock, look = Clock(), sharpness.look
+
+    def slow(step, *rest):
+        clock.now += 2.0
+        step.model_state.keep_buffers()()
+        clock.now += 1.0
+        return look(step, *rest)
+
+    monkeypatch.setattr(sharpness, "look", slow)
+    parts = step_cost.parts_of_step(esam(), *BATCH, clock)
+    assert {name: seconds for name, seconds in parts.items() if seconds} == {step_cost.PASSES["look"]: 3.0}
+
+
 def test_passes_that_the_options_leave_out_are_no_parts():
     parts = step_cost.parts_of_step(esam(gamma=1.0), *BATCH, step_cost.Stopwatch(CPU))
     assert list(parts) == [part for part in ORDER if part != step_cost.PASSES["look"]]
