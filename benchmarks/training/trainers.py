@@ -104,7 +104,7 @@ class Trainer(ABC):
         self.scaler.update()
 
 
-def micro_batches(inputs: Tensor, targets: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+def split(inputs: Tensor, targets: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """A batch in that many parts of like size."""
     return zip(inputs.chunk(count), targets.chunk(count))
 
@@ -130,7 +130,7 @@ class AccumulatingTrainer(SGDTrainer):
         """A forward and a backward pass for each micro-batch; the mean loss."""
         self.optimizer.zero_grad()
         shares = []
-        for batch in micro_batches(inputs, targets, self.settings.micro_batches):
+        for batch in split(inputs, targets, self.settings.micro_batches):
             losses = self.loss_fn(self.model(batch[0]), batch[1])
             if not isinstance(losses, Tensor):
                 raise TypeError("the loss function gives weights of samples, over which gradients are not accumulated")
@@ -215,7 +215,7 @@ class ESAMTrainer(Trainer):
         """What ``backward`` takes: a closure of the batch, or a list of those of its micro-batches."""
         if self.settings.micro_batches == 1:
             return batch_closure(self.model, self.loss_fn, inputs, targets)
-        batches = micro_batches(inputs, targets, self.settings.micro_batches)
+        batches = split(inputs, targets, self.settings.micro_batches)
         return [batch_closure(self.model, self.loss_fn, *batch) for batch in batches]
 
 
