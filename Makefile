@@ -5,7 +5,7 @@ READY := .venv/ready
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 
-GPU_BENCHMARKS := $(addprefix bench-gpu-,train step-cost step-cost-bf16 frontier kernels memory rounding)
+GPU_BENCHMARKS := $(addprefix bench-gpu-,train step-cost step-cost-bf16 frontier operators memory rounding)
 
 .PHONY: bench results test test-newest wheel wheel-test check format sanitize test-gpu bench-gpu $(GPU_BENCHMARKS) sanitize-gpu clean
 
@@ -22,7 +22,7 @@ results: $(READY)  # the same in full, into benchmarks/results and the README; 4
 	$(BIN)/python -m benchmarks frontier --restart
 	$(BIN)/python -m benchmarks memory
 	$(BIN)/python -m benchmarks rounding
-	$(BIN)/python -m benchmarks kernels --models ResNet-18 ViT-B/16 --repeats 5
+	$(BIN)/python -m benchmarks operators --models ResNet-18 ViT-B/16 --repeats 5
 	$(BIN)/python -m benchmarks report
 
 test: $(READY)  # the whole test suite; needs no GPU
@@ -78,7 +78,7 @@ test-gpu:
 	status=0; \
 	timeout 150 $(PYTHON) -m pytest -q -p no:cacheprovider tests/operators/test_operators.py || status=$$?; \
 	timeout 90 $(PYTHON) -m pytest -q -p no:cacheprovider -m gpu $(shell grep -rl --include=test_*.py mark.gpu tests) || status=$$?; \
-	timeout 180 $(PYTHON) -m benchmarks kernels --device cuda || status=$$?; \
+	timeout 180 $(PYTHON) -m benchmarks operators --device cuda || status=$$?; \
 	exit $$status
 
 # The benchmarks in full on a GPU, with the Python that is there, where test-gpu has built the library; each part ends
@@ -111,8 +111,8 @@ bench-gpu-step-cost-bf16:
 bench-gpu-frontier:
 	$(ON_GPU) frontier $(ON_CIFAR10) --time-budget 500
 
-bench-gpu-kernels:
-	$(ON_GPU) kernels --device cuda
+bench-gpu-operators:
+	$(ON_GPU) operators --device cuda
 
 bench-gpu-memory:
 	$(ON_GPU) memory --device cuda

@@ -1,7 +1,7 @@
 """The optimizers under comparison: each a trainer with ``optimizer`` and ``step(inputs, targets)``."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -11,40 +11,64 @@ import torch
 from torch import Tensor, nn
 
 from esam_kernels import ESAM, batch_closure, ops
-from esam_kernels.closure import Losses
+from esam_kernels.options import OPTIONS
 
-from .data import PADDING
+from .losses import LossFunction, mean_loss, per_sample_loss
+from .methods import METHODS, Method
 
-BF16_ON_ITS_OWN = ("esam-bf16", "sgd-bf16")  # they compare bf16 with float32: no sense under --amp
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by their names on the command line and in ``METHODS``
 
 
 @dataclass(frozen=True)
 class Settings:
-    """SGD's options, which every method shares, and those of sharpness-aware minimization."""
+    """SGD's options, which every method shares, and those of sharpness-aware minimization.
+
+    Attributes:
+        esam: ESAM's options by name; one that is not given has its default.
+        amp: autocast of all passes.
+        backend: of ESAM's operators; None: the first that serves.
+        micro_batches: in how many parts a batch is taken.
+        authors_esam: the class of ``authors.load``, for the method that needs it.
+
+    Raises:
+        ValueError: if ESAM has no option of a name.
+    """
 
     lr: float
     momentum: float
     weight_decay: float
-    rho: float
-    beta: float
-    gamma: float
+    esam: Mapping[str, Any] = field(default_factory=dict)
     amp: torch.dtype | None = None
-    steering_dtype: torch.dtype | None = None
-    granularity: str = "tensor"
-    selection: str = "increase"
-    interval: int = 1
-    seed: int = 0
-    backend: str | None = None  # of ESAM's operators; None: the first that serves
+    backend: str | None = None
+    micro_batches: int = 1
     authors_esam: type[torch.optim.Optimizer] | None = None
+
+    def __post_init__(self) -> None:
+        if unknown := self.esam.keys() - OPTIONS.keys():
+            raise ValueError(f"ESAM has no option {', '.join(sorted(unknown))}: it has {', '.join(OPTIONS)}")
+        complete = {name: self.esam.get(name, option.default) for name, option in OPTIONS.items()}
+        object.__setattr__(self, "esam", complete)
 
     @property
     def sgd(self) -> dict[str, Any]:
         """The base optimizer's options."""
         return {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
 
+    @property
+    def seed(self) -> int:
+        """Of the initial weights, of the batches, and of ESAM's draws."""
+        return int(self.esam["seed"])
 
-# From a network's outputs and the targets to one loss per sample, shape [b], or to (losses, weights) of shape [b] each.
-LossFunction = Callable[[Tensor, Tensor], Losses]
+    def by(self, method: Method) -> "Settings":
+        """As a method has them."""
+        esam = {**self.esam, **method.options}
+        return replace(
+            self,
+            esam={**esam, "rho": method.rho_factor * esam["rho"]},
+            amp=DTYPES[method.amp] if method.amp else self.amp,
+            backend=method.backend,
+            micro_batches=method.micro_batches,
+        )
 
 
 class Trainer(ABC):
@@ -74,6 +98,16 @@ class Trainer(ABC):
         self.scaler.scale(loss).backward()
         return loss.detach()
 
+    def base_step(self) -> None:
+        """The optimizer's step with the gradients that there are, through the loss scaler."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+def split(inputs: Tensor, targets: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """A batch in that many parts of like size."""
+    return zip(inputs.chunk(count), targets.chunk(count))
+
 
 class SGDTrainer(Trainer):
     """The base optimizer alone."""
@@ -85,9 +119,25 @@ class SGDTrainer(Trainer):
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """One forward and one backward pass."""
         loss = self.backward(inputs, targets)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.base_step()
         return loss
+
+
+class AccumulatingTrainer(SGDTrainer):
+    """The base optimizer over micro-batches; it takes no weights of samples."""
+
+    def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """A forward and a backward pass for each micro-batch; the mean loss."""
+        self.optimizer.zero_grad()
+        shares = []
+        for batch in split(inputs, targets, self.settings.micro_batches):
+            losses = self.loss_fn(self.model(batch[0]), batch[1])
+            if not isinstance(losses, Tensor):
+                raise TypeError("the loss function gives weights of samples, over which gradients are not accumulated")
+            share = losses.sum() / len(inputs)
+            self.scaler.scale(share).backward()
+            shares.append(share.detach())
+        return torch.stack(shares).sum()
 
 
 class SAMTrainer(Trainer):
@@ -97,9 +147,8 @@ class SAMTrainer(Trainer):
         """SAM around SGD; its second half steps through the loss scaler, of which it knows nothing itself."""
         import pytorch_optimizer  # here, since the benchmarks without this row run where it is missing
 
-        sam = pytorch_optimizer.SAM(
-            self.model.parameters(), torch.optim.SGD, rho=self.settings.rho, **self.settings.sgd
-        )
+        radius = {name: self.settings.esam[name] for name in ("rho", "adaptive")}
+        sam = pytorch_optimizer.SAM(self.model.parameters(), torch.optim.SGD, **radius, **self.settings.sgd)
         base = sam.base_optimizer
         sam.base_optimizer = SimpleNamespace(step=lambda: self.scaler.step(base))  # type: ignore[assignment]
         return sam
@@ -128,12 +177,13 @@ class TwoStepSAMTrainer(SGDTrainer):
     @torch.no_grad()
     def first_step(self) -> list[tuple[Tensor, Tensor]]:
         """Move every weight by rho / norm of the gradient times its gradient; the weights with what they were."""
+        adaptive = self.settings.esam["adaptive"]
         moved = [(param, param.grad) for param in self.model.parameters() if param.grad is not None]
-        norm = torch.stack([grad.norm() for _, grad in moved]).norm()
-        scale = self.settings.rho / (norm + 1e-12)
+        norm = torch.stack([(param.abs() * grad if adaptive else grad).norm() for param, grad in moved]).norm()
+        scale = self.settings.esam["rho"] / (norm + 1e-12)
         backups: list[tuple[Tensor, Tensor]] = [(param, param.clone()) for param, _ in moved]
         for param, grad in moved:
-            param.add_(grad * scale)
+            param.add_((param.square() * grad if adaptive else grad) * scale)
         return backups
 
     @torch.no_grad()
@@ -141,8 +191,7 @@ class TwoStepSAMTrainer(SGDTrainer):
         """Put the weights back and take SGD's step."""
         for param, backup in backups:
             param.copy_(backup)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.base_step()
 
 
 class ESAMTrainer(Trainer):
@@ -151,29 +200,23 @@ class ESAMTrainer(Trainer):
     optimizer: ESAM
 
     def make_optimizer(self) -> ESAM:
-        """ESAM around SGD."""
-        return ESAM(
-            self.model.parameters(),
-            torch.optim.SGD,
-            rho=self.settings.rho,
-            beta=self.settings.beta,
-            gamma=self.settings.gamma,
-            steering_dtype=self.settings.steering_dtype,
-            granularity=self.settings.granularity,
-            selection=self.settings.selection,
-            interval=self.settings.interval,
-            seed=self.settings.seed,
-            **self.settings.sgd,
-        )
+        """ESAM around SGD, with every option that it has."""
+        return ESAM(self.model.parameters(), torch.optim.SGD, **self.settings.esam, **self.settings.sgd)
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """The three passes of ESAM."""
         backend = self.settings.backend
         with nullcontext() if backend is None else ops.use_backend(backend):
-            loss = self.optimizer.backward(batch_closure(self.model, self.loss_fn, inputs, targets), self.scaler)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+            loss = self.optimizer.backward(self.closure(inputs, targets), self.scaler)
+        self.base_step()
         return loss
+
+    def closure(self, inputs: Tensor, targets: Tensor) -> Any:
+        """What ``backward`` takes: a closure of the batch, or a list of those of its micro-batches."""
+        if self.settings.micro_batches == 1:
+            return batch_closure(self.model, self.loss_fn, inputs, targets)
+        batches = split(inputs, targets, self.settings.micro_batches)
+        return [batch_closure(self.model, self.loss_fn, *batch) for batch in batches]
 
 
 class AuthorsTrainer(Trainer):
@@ -185,7 +228,7 @@ class AuthorsTrainer(Trainer):
         assert settings.authors_esam is not None
         base = torch.optim.SGD(self.model.parameters(), **settings.sgd)
         scaled: Any = SimpleNamespace(param_groups=base.param_groups, step=lambda: self.scaler.step(base))
-        options: dict[str, Any] = {"rho": settings.rho, "beta": settings.beta, "gamma": settings.gamma}
+        options = {name: settings.esam[name] for name in ("rho", "beta", "gamma", "adaptive")}
         return settings.authors_esam(self.model.parameters(), scaled, **options)
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -198,68 +241,22 @@ class AuthorsTrainer(Trainer):
         return losses.mean()
 
 
-@dataclass(frozen=True)
-class Method:
-    """A row of the tables: its name there, and how it trains."""
-
-    label: str
-    trainer: type[Trainer]
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-
-
-METHODS = {
-    "sgd": Method("SGD", SGDTrainer),
-    "sam": Method("SAM (pytorch_optimizer)", SAMTrainer),
-    "esam": Method("ESAM", ESAMTrainer),
-    "esam-bf16": Method("ESAM, bf16 steering", ESAMTrainer, {"steering_dtype": torch.bfloat16}),
-    "sgd-bf16": Method("SGD, bf16 autocast", SGDTrainer, {"amp": torch.bfloat16}),
+TRAINERS: dict[str, type[Trainer]] = {
+    "sgd": SGDTrainer,
+    "sgd-accumulated": AccumulatingTrainer,
+    "sam": SAMTrainer,
+    "sam-davda54": TwoStepSAMTrainer,
+    "esam": ESAMTrainer,
+    "esam-authors": AuthorsTrainer,
 }
-
-
-# Methods whose steps are timed, but that need no training of their own: other implementations and other settings.
-VARIANTS = {
-    "sgd-again": Method("SGD again", SGDTrainer),
-    "sam-davda54": Method("SAM, davda54 style", TwoStepSAMTrainer),
-    "esam-gamma": Method("ESAM, gamma 1", ESAMTrainer, {"gamma": 1.0}),
-    "esam-beta": Method("ESAM, beta 1", ESAMTrainer, {"beta": 1.0}),
-    "esam-loss": Method('ESAM, selection "loss"', ESAMTrainer, {"selection": "loss"}),
-    "esam-interval": Method("ESAM, interval 2", ESAMTrainer, {"interval": 2}),
-    "esam-element": Method('ESAM, granularity "element"', ESAMTrainer, {"granularity": "element"}),
-    "esam-triton": Method("ESAM, triton operators", ESAMTrainer, {"backend": "triton"}),
-    "esam-native": Method("ESAM, native operators", ESAMTrainer, {"backend": "native"}),
-    "esam-reference": Method("ESAM, reference operators", ESAMTrainer, {"backend": "reference"}),
-    "esam-authors": Method("ESAM (the authors' code)", AuthorsTrainer),
-}
-
-
-def per_sample_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of each sample, shape [b], in float32 whatever precision the logits have."""
-    return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-
-
-def per_sequence_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross entropy of each sequence's tokens but padding, and how many those are, shape [b] each."""
-    losses = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=PADDING, reduction="none"
-    )
-    counts = (targets != PADDING).sum(1)
-    return losses.view_as(targets).sum(1) / counts, counts
-
-
-def mean_loss(losses: Losses) -> Tensor:
-    """What is trained on: the mean over the samples, weighted if there are weights."""
-    if isinstance(losses, Tensor):
-        return losses.mean()
-    values, weights = losses
-    return (values * weights).sum() / weights.sum()
 
 
 def trainer(
     name: str, model: nn.Module, settings: Settings, device: torch.device, loss_fn: LossFunction = per_sample_loss
 ) -> Trainer:
-    """What trains ``model``, which is on ``device``, by the method of that name."""
-    method = (METHODS | VARIANTS)[name]
-    return method.trainer(model, replace(settings, **method.overrides), device, loss_fn)
+    """What trains ``model``, which is on ``device``, by the method of that name in ``METHODS``."""
+    method = METHODS[name]
+    return TRAINERS[method.trainer](model, settings.by(method), device, loss_fn)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from .catalogue import WIDTHS
+
 
 class SmallNet(nn.Module):
     """Four 3x3 convolutions with batch norm, for images down to 4x4."""
@@ -213,15 +215,15 @@ def projection(n_in: int, n_out: int, stride: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out))
 
 
-# Each network and the width that it has unless told otherwise; those of MODELS classify images.
-MODELS: dict[str, tuple[Callable[..., nn.Module], int]] = {
-    "small": (SmallNet, 64),
-    "resnet18": (ResNet18, 64),
-    "resnet50": (ResNet50, 64),
-    "wrn28_10": (WideResNet28, 10),
-    "vit_s": (VisionTransformer, 384),
+# Those of MODELS classify images.
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "small": SmallNet,
+    "resnet18": ResNet18,
+    "resnet50": ResNet50,
+    "wrn28_10": WideResNet28,
+    "vit_s": VisionTransformer,
 }
-LANGUAGE_MODELS: dict[str, tuple[Callable[..., nn.Module], int]] = {"gpt": (GPT, 768)}
+LANGUAGE_MODELS: dict[str, Callable[..., nn.Module]] = {"gpt": GPT}
 
 
 def build(name: str, *, width: int | None = None, seed: int = 0, **shape: int) -> nn.Module:
@@ -234,6 +236,5 @@ def build(name: str, *, width: int | None = None, seed: int = 0, **shape: int) -
         shape: ``channels`` (3) and ``classes`` (10) of images; for vit_s also ``image_size`` (32) and ``patch_size``
             (4); for gpt ``vocabulary`` (50257) and ``context`` (1024).
     """
-    make, default_width = (MODELS | LANGUAGE_MODELS)[name]
     torch.manual_seed(seed)
-    return make(width or default_width, **shape)
+    return (MODELS | LANGUAGE_MODELS)[name](width or WIDTHS[name], **shape)

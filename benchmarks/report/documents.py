@@ -1,19 +1,17 @@
-"""All results as one page, as Markdown, and in short in the README, each made from the JSON files and nothing else.
+"""The documents made of results: the HTML page, the Markdown, and the README's sections."""
 
-``report.html`` holds everything and needs no network; ``report.md`` holds the same for reading on a code host.
-"""
-
-import argparse
 import html
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import options, page, plots, record, tables
+from esam_kernels.options import OPTIONS
 
-README = options.RESULTS.parent.parent / "README.md"
+from ..record import load
+from . import page, plots, tables
+
 # The README's rows of the frontier: the optimizers, the selection's controls, and SGD that stops early.
 HEADLINES = ("sgd", "sgd-short", "sam", "esam", "esam-bf16", "esam-loss", "esam-random", "esam-gamma1")
 
@@ -101,11 +99,11 @@ KINDS = {
         "lost. ESAM rounds it stochastically, so that on average all of it arrives, with noise.",
         tables.rounding,
     ),
-    "kernels": Kind(
+    "operators": Kind(
         "Operators",
         "What ESAM does to the weights between its passes, over the weights of real models, beside the same in torch's "
         "foreach functions and in torch.compile.",
-        tables.kernels,
+        tables.operators,
     ),
 }
 
@@ -182,19 +180,24 @@ def as_page(results: Results) -> str:
 
 
 def update(readme: str, results: Results) -> str:
-    """The README with what is between its ``results:`` markers made anew: the summary, training, and the frontier."""
-    sections = {"summary": [SUMMARY, _escape(summary(results))], "train": [], "frontier": []}
+    """The README with what is between its markers made anew: ESAM's options, the summary, training, the frontier."""
+    sections = {
+        "options": [options_table()],
+        "results:summary": [SUMMARY, _escape(summary(results))],
+        "results:train": [],
+        "results:frontier": [],
+    }
     for kind, members in by_kind(results):
         for stem, result in members.items():
             if kind is KINDS["train"]:
                 plot = _image(kind.figures["_cost"], result, f"benchmarks/results/{stem}_cost.svg")
-                sections["train"] += [_escape(kind.tables(result)), plot]
+                sections["results:train"] += [_escape(kind.tables(result)), plot]
             if kind is KINDS["frontier"]:
                 rows = {name: row for name, row in result["configurations"].items() if name in HEADLINES}
                 plot = _image(kind.figures[""], result, f"benchmarks/results/{stem}.svg")
-                sections["frontier"] += [_escape(kind.tables(result | {"configurations": rows})), plot]
+                sections["results:frontier"] += [_escape(kind.tables(result | {"configurations": rows})), plot]
     for name, parts in sections.items():
-        begin, end = f"<!-- results:{name} -->", f"<!-- /results:{name} -->"
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, found_begin, rest = readme.partition(begin)
         _, found_end, after = rest.partition(end)
         if not (found_begin and found_end):
@@ -203,9 +206,20 @@ def update(readme: str, results: Results) -> str:
     return readme
 
 
+def options_table() -> str:
+    """ESAM's options as a table in Markdown, not lined up, as its cells are sentences."""
+    lines = ["| option | default | meaning |", "|---|---|---|"]
+    for option in OPTIONS.values():
+        default = f'`"{option.default}"`' if isinstance(option.default, str) else option.default
+        meaning = option.meaning + ("; may differ between parameter groups" if option.per_group else "")
+        cells = (f"`{option.name}`", str(default), _escape(meaning).replace("|", r"\|"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def write(folder: Path) -> None:
     """Write the page, the Markdown and its plots beside the results in ``folder``."""
-    results = record.load(folder)
+    results = load(folder)
     (folder / "report.html").write_text(as_page(results))
     (folder / "report.md").write_text(as_markdown(results))
     for kind, members in by_kind(results):
@@ -227,30 +241,3 @@ def _escape(text: str) -> str:
 
 def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} `{str(value).replace('`', '')}`" for name, value in values.items() if value is not None)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Write the report, and the README's sections if it is about this repository's own results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=options.RESULTS,
-        metavar="FOLDER",
-        help="where the JSON files are and the report goes; default: benchmarks/results, which the README shows too",
-    )
-    folder = parser.parse_args(argv).results
-    with options.refusals(parser):
-        results = record.load(folder)
-        if not results:
-            raise ValueError(f"--results {folder}: no results are there, which the other commands write")
-        list(by_kind(results))  # so that an unknown kind is refused before anything is written
-    write(folder)
-    if folder.resolve() == options.RESULTS.resolve():
-        with options.refusals(parser):
-            README.write_text(update(README.read_text(), results))
-    print(f"Written to {folder}: report.html, report.md")
-
-
-if __name__ == "__main__":
-    main()

@@ -5,12 +5,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from esam_kernels.options import count_of as count
+from esam_kernels.options import count_of
 
-from .methods import METHODS, VARIANTS
-from .models import LANGUAGE_MODELS, MODELS
-from .record import mean_and_std
-from .sharpness import TOLERANCE
+from ..record import mean_and_std
+from ..training.catalogue import LANGUAGE_WIDTHS, WIDTHS
+from ..training.methods import METHODS
 
 PANELS = ("equal_epochs", "equal_time")  # of a frontier's result
 
@@ -175,6 +174,7 @@ def sharpness(result: dict[str, Any], found: Mapping[str, Mapping[str, Sequence[
     if not measured:
         return []
     distances, rho = result["sharpness"]["distances"], result["settings"]["rho"]
+    tolerance = result["sharpness"].get("tolerance", 0.05)  # which results did not say at first
     columns, rows = (
         ["network trained by", "norm of the weights"],
         {label: [label] for label in next(iter(found.values()))},
@@ -191,7 +191,7 @@ def sharpness(result: dict[str, Any], found: Mapping[str, Mapping[str, Sequence[
         f"Sharpness is of the loss over {result['settings']['sharpness_samples']} training images, without "
         "augmentation. Loss rise: from the weights to the point at that distance straight up the gradient, a lower "
         "bound of the largest rise in the ball of that radius. Top eigenvalue of the Hessian, by power iteration, "
-        f"which comes from below: {converged} of {len(measured)} converged, to a residual of {100 * TOLERANCE:g} %."
+        f"which comes from below: {converged} of {len(measured)} converged, to a residual of {100 * tolerance:g} %."
     )
     return [table(columns, rows.values()), caption]
 
@@ -208,25 +208,25 @@ def step_cost(result: dict[str, Any]) -> str:
         f"{100 * result['aa_difference']:+.1f} %."
     )
     if steering:
+        by_chance = count_of(settings["gamma"], settings["batch_size"]) / settings["batch_size"]
         findings += (
             f" Steered in bf16, the ascent gradient has a cosine of {steering['cosine']:.4f} with float32's, and "
             f"{100 * steering['overlap']:.1f} % of the selected samples are the same, where "
-            f"{100 * count(settings['gamma'], settings['batch_size']) / settings['batch_size']:.1f} % would be so by "
-            "chance."
+            f"{100 * by_chance:.1f} % would be so by chance."
         )
-    published = (MODELS | LANGUAGE_MODELS)[settings["model"]][1]
+    published = WIDTHS[settings["model"]]
     width = f" of width {settings['width']}" if settings["width"] else ""
     if settings["width"] and settings["width"] < published:
         width += f" (a scaled-down stand-in: the published one's is {published})"
     amp = f", {settings['amp']} autocast" if settings["amp"] else ""
     size = f"{settings['image_size']}x{settings['image_size']} images ({result['data']})"
-    if settings["model"] in LANGUAGE_MODELS:
+    if settings["model"] in LANGUAGE_WIDTHS:
         size = f"sequences of up to {settings['context']} out of {settings['vocabulary']} tokens"
     caption = (
         f"{settings['model']}{width}, batch {settings['batch_size']}{amp}, {size}, medians and quartiles of "
         f"{result['rounds']} interleaved rounds; operators: {result['backend']}. {machine(result)}"
     )
-    missing = "; ".join(f"{(METHODS | VARIANTS)[name].label}: {why}" for name, why in result["left_out"].items())
+    missing = "; ".join(f"{METHODS[name].label}: {why}" for name, why in result["left_out"].items())
     return "\n\n".join(
         [
             table(["step", "ms", "over SGD"], methods),
@@ -282,7 +282,7 @@ def memory(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, caption])
 
 
-def kernels(result: dict[str, Any]) -> str:
+def operators(result: dict[str, Any]) -> str:
     """The tables of the operators: those over lists of weights, and the selection of samples."""
     rows = result["operators"]
     over_weights = [row for row in rows if row["operator"] != "select_top"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .methods import per_sample_loss
+from .losses import per_sample_loss
 
 RANDOM_DIRECTIONS = 3
 TOLERANCE = 0.05  # of the top eigenvalue

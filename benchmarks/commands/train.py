@@ -6,136 +6,59 @@ of the machine meets all of them. A step's time includes the preparation of its 
 
 import argparse
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from statistics import mean, stdev
 from time import perf_counter
 from typing import Any
 
-import torch
-from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from . import data, options, plots, record, sharpness, tables
-from .measure import Stopwatch, peak_memory, ratio, spread, turn
-from .methods import BF16_ON_ITS_OWN, METHODS, Settings, trainer
+from .. import record
+from ..measuring.clock import peak_memory, ratio, spread, turn
+from ..report import plots, tables
+from ..training.data import ImageData
+from ..training.landscape import TOLERANCE
+from ..training.methods import METHODS
+from ..training.run import Run, Task
+from ..training.trainers import Settings
+from . import command_line
+from .refusals import refusals
 
-TEST_BATCH = 1000
-DISTANCES = (0.5, 1, 2, 4, 8)  # of which the rise of the loss is measured, in units of rho
+TRAINED = ("sgd", "sam", "esam", "esam-bf16", "sgd-bf16")
 
 Curves = dict[str, list[list[dict[str, Any]]]]  # for each method, for each seed, for each epoch
 Sharpness = dict[str, list[dict[str, Any]]]  # for each method, for each seed that was finished and did not diverge
 
 
-class Run:
-    """One network in training, by one method from one seed.
-
-    Attributes:
-        curve: for each epoch its seconds of training, mean training loss (None if it is not finite) and, if tested,
-            test accuracy in percent.
-    """
-
-    def __init__(
-        self, name: str, settings: Settings, epochs: int, images: data.ImageData, args: argparse.Namespace
-    ) -> None:
-        self.images = images
-        self.args = args
-        device = torch.device(args.device)
-        model = options.network(args, images.channels, images.classes, settings.seed)
-        self.trainer = trainer(name, model, settings, device)
-        self.scheduler = CosineAnnealingLR(self.trainer.optimizer, T_max=epochs)
-        self.generator = torch.Generator(device).manual_seed(settings.seed)
-        self.stopwatch = Stopwatch(device)
-        self.curve: list[dict[str, Any]] = []
-
-    def train_epoch(self, progress: tqdm, test: bool = True) -> None:
-        """Train for an epoch, and test; host and device meet only at its end."""
-        self.stopwatch.mark()
-        losses = []
-        for inputs, targets in self.images.train_batches(self.args.batch_size, self.generator):
-            losses.append(self.trainer.step(inputs, targets))
-            progress.update()
-        self.stopwatch.mark()
-        self.scheduler.step()
-        (seconds,) = self.stopwatch.laps()
-        loss = torch.stack(losses).mean().item()
-        self.curve.append({"seconds": seconds, "train_loss": loss if math.isfinite(loss) else None})
-        if test:
-            self.curve[-1]["test_accuracy"] = self.accuracy()
-
-    @property
-    def diverged(self) -> bool:
-        """Whether the last epoch's loss is not finite."""
-        return bool(self.curve) and self.curve[-1]["train_loss"] is None
-
-    @torch.inference_mode()
-    def accuracy(self) -> float:
-        """Share of the test images that are classified correctly, in percent."""
-        self.trainer.model.eval()
-        batches = self.images.test_batches(TEST_BATCH)
-        right = sum((self.trainer.model(images).argmax(1) == labels).sum() for images, labels in batches)
-        self.trainer.model.train()
-        return 100 * int(right) / len(self.images.test_labels)
-
-    def sharpness(self) -> dict[str, Any] | None:
-        """How sharp the minimum is that was reached, in the precision of the weights whatever the method trained in.
-
-        None if this is not asked for, or if there is no minimum as training diverged.
-        """
-        if self.diverged or not self.args.sharpness_samples:
-            return None
-        # A copy, since a trainer may have put autocast into its network's forward.
-        model = options.network(self.args, self.images.channels, self.images.classes, seed=0)
-        model.load_state_dict(self.trainer.model.state_dict())
-        samples = list(self.images.training_sample(self.args.sharpness_samples, self.args.batch_size))
-        generator = torch.Generator(self.args.device).manual_seed(0)  # the same random directions for all
-        return sharpness.measure(sharpness.Landscape(model, samples), distances(self.args), generator)
-
-
-def distances(args: argparse.Namespace) -> list[float]:
-    """How far from the weights sharpness is measured."""
-    return [factor * args.rho for factor in DISTANCES]
-
-
-def require_valid(images: data.ImageData, args: argparse.Namespace, methods: Iterable[tuple[str, Settings]]) -> None:
-    """Make the network and each method with its options once, before anything is measured.
-
-    Raises:
-        ValueError: the network's or an optimizer's, which says what option it does not take.
-    """
-    options.network(args, images.channels, images.classes, seed=0)
-    for name, settings in methods:
-        trainer(name, nn.Linear(1, 1), settings, torch.device("cpu"))
-
-
-def memory_of(name: str, images: data.ImageData, args: argparse.Namespace) -> int:
+def memory_of(name: str, task: Task, settings: Settings) -> int:
     """Peak bytes of two steps of a method on its own: weights, gradients, optimizer state and activations."""
 
     def two_steps() -> None:
-        run = Run(name, options.settings(args), args.epochs, images, args)
-        for _, (inputs, targets) in zip(range(2), images.train_batches(args.batch_size, run.generator)):
+        run = Run(name, settings, 1, task)
+        for _, (inputs, targets) in zip(range(2), task.images.train_batches(task.batch_size, run.generator)):
             run.trainer.step(inputs, targets)
 
-    return peak_memory(torch.device(args.device), two_steps)
+    return peak_memory(task.device, two_steps)
 
 
-def train(images: data.ImageData, args: argparse.Namespace, deadline: float) -> tuple[Curves, Sharpness]:
+def train(images: ImageData, args: argparse.Namespace, deadline: float) -> tuple[Curves, Sharpness]:
     """Train with every method from every seed, as far as the deadline lets it.
 
     Seeds come one after another, so that what is cut off by the deadline is a whole seed's training and not the end of
-    every schedule. Within a seed the methods take turns epoch by epoch, in the order of ``measure.turn``.
+    every schedule. Within a seed the methods take turns epoch by epoch, in the order of ``clock.turn``.
 
     Returns:
         For each method the curves of its seeds, all methods being equally far, and the sharpness after each seed that
         was finished.
     """
+    task = command_line.task(args, images)
     curves: Curves = {name: [] for name in args.optimizers}
     sharpnesses: Sharpness = {name: [] for name in args.optimizers}
     rounds, longest = args.seeds * args.epochs, 0.0
     with tqdm(total=rounds * len(curves) * images.steps_per_epoch(args.batch_size), unit="step") as progress:
         for seed in range(args.seeds):
-            settings = options.settings(args, seed=seed)
-            runs = {name: Run(name, settings, args.epochs, images, args) for name in curves}
+            settings = command_line.settings(args, seed)
+            runs = {name: Run(name, settings, args.epochs, task) for name in curves}
             for epoch in range(args.epochs):
                 start = perf_counter()
                 if longest and start + longest > deadline:
@@ -191,10 +114,10 @@ def summarize(curves: Curves, steps: int, epochs: int) -> dict[str, dict[str, An
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options."""
-    parser = options.make_training_parser(__doc__ or "")
+    """The command_line."""
+    parser = command_line.make_training_parser(__doc__ or "")
     add = parser.add_argument
-    add("--optimizers", nargs="+", choices=METHODS, help="default: all that make sense")
+    add("--optimizers", nargs="+", choices=TRAINED, help="default: all that make sense")
     add(
         "--time-budget",
         type=float,
@@ -207,12 +130,12 @@ def make_parser() -> argparse.ArgumentParser:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked."""
     parser = make_parser()
-    args = options.parse(parser, argv, {"digits": {"epochs": 40}, "cifar10": {"epochs": 200}})
+    args = command_line.parse(parser, argv, {"digits": {"epochs": 40}, "cifar10": {"epochs": 200}})
     if args.optimizers is None:
-        args.optimizers = [name for name in METHODS if not (args.amp and name in BF16_ON_ITS_OWN)]
-    elif args.amp and (odd := set(args.optimizers) & set(BF16_ON_ITS_OWN)):
+        args.optimizers = [name for name in TRAINED if not (args.amp and METHODS[name].compares_precision)]
+    elif args.amp and (odd := {name for name in args.optimizers if METHODS[name].compares_precision}):
         parser.error(f"--amp sets the precision of all passes: leave out {', '.join(sorted(odd))}")
-    options.check_training(parser, args)
+    command_line.check_training(parser, args)
     return args
 
 
@@ -220,12 +143,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the job, write its results and print the table."""
     started = perf_counter()
     args = parse_args(argv)
-    with options.refusals(make_parser()):
-        images = options.training_images(args)
-        require_valid(images, args, [(name, options.settings(args)) for name in args.optimizers])
+    with refusals(make_parser()):
+        images = command_line.training_images(args)
+        task, settings = command_line.task(args, images), command_line.settings(args)
+        task.require_valid(args.optimizers, settings)
     result = record.header("train", images.label, args)  # of the code that is about to run
     steps = images.steps_per_epoch(args.batch_size)
-    memory = {name: memory_of(name, images, args) for name in tqdm(args.optimizers, "measuring memory", leave=False)}
+    memory = {name: memory_of(name, task, settings) for name in tqdm(args.optimizers, "measuring memory", leave=False)}
     deadline = math.inf if args.time_budget is None else started + args.time_budget
     curves, sharpnesses = train(images, args, deadline)
     summary = summarize(curves, steps, args.epochs)
@@ -233,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         name: {"label": METHODS[name].label, "peak_memory_bytes": memory[name], **summary[name]} for name in curves
     }
     result |= {"steps_per_epoch": steps, "methods": methods, "curves": curves}
-    result |= {"sharpness": {"distances": distances(args), "seeds": sharpnesses}}
+    result |= {"sharpness": {"distances": task.distances, "tolerance": TOLERANCE, "seeds": sharpnesses}}
     stem = f"train_{args.data}_{args.device}"
     record.save(result, args.output, stem)
     plots.accuracy_over_time(result, args.output / f"{stem}_time.svg")
@@ -244,7 +168,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         written.append(f"{stem}_sharpness.svg")
     print(tables.train(result))
     print(f"\nWritten to {args.output}: {', '.join(written)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,20 +1,20 @@
 """The command line that the benchmarks share: data, network, device and hyperparameters."""
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from . import data, models
-from .environment import cpu_has_bf16_matrix_units
-from .methods import Settings
+from esam_kernels.options import OPTIONS
 
-RESULTS = Path(__file__).parent / "results"
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from ..measuring.environment import cpu_has_bf16_matrix_units
+from ..record import RESULTS
+from ..training import data
+from ..training.catalogue import IMAGE_WIDTHS, WIDTHS
+from ..training.run import Task
+from ..training.trainers import DTYPES, Settings
 
 # Where the defaults of options come from; --data and --model choose. Those for CIFAR-10 are the paper's.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -22,6 +22,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "cifar10": {"model": "resnet18", "batch_size": 128, "lr": 0.05, "weight_decay": 1e-3},
     "wrn28_10": {"rho": 0.1, "beta": 0.5},
 }
+DISTANCES = (0.5, 1, 2, 4, 8)  # of which the rise of the loss is measured, in units of rho
 
 
 def base_parser(description: str) -> argparse.ArgumentParser:
@@ -40,10 +41,10 @@ def make_parser(description: str, many: bool = False) -> argparse.ArgumentParser
     add("--data", choices=data.DATASETS, default="digits", help="default: %(default)s")
     add("--data-file", type=Path, metavar="PATH", help="CIFAR-10: the .tar.gz, its folder, or an .npz of JPEG files")
     if many:
-        add("--models", nargs="+", choices=[*models.MODELS, *models.LANGUAGE_MODELS], help="default: several")
+        add("--models", nargs="+", choices=WIDTHS, help="default: several")
         add("--batch-sizes", nargs="+", type=int, metavar="N", help="default: several, which depend on the network")
     else:
-        add("--model", choices=models.MODELS, help="default: small for digits, resnet18 for cifar10")
+        add("--model", choices=IMAGE_WIDTHS, help="default: small for digits, resnet18 for cifar10")
         add("--batch-size", type=int, help="default: 128")
     add("--width", type=int, help="channels of the first stage or of a token; for wrn28_10 the factor of width")
     add("--channels-last", action="store_true", help="keep images and weights in channels-last order")
@@ -51,10 +52,27 @@ def make_parser(description: str, many: bool = False) -> argparse.ArgumentParser
     add("--lr", type=float, help=f"peak learning rate; default: {default}")
     add("--momentum", type=float, default=0.9, help="default: %(default)s")
     add("--weight-decay", type=float, help="default: 5e-4 for digits, 1e-3 for cifar10")
-    add("--rho", type=float, default=0.05, help="radius of SAM and ESAM; default: 0.05, for wrn28_10 0.1")
-    add("--beta", type=float, default=0.6, help="share of weights that ESAM perturbs; default: 0.6, for wrn28_10 0.5")
-    add("--gamma", type=float, default=0.5, help="share of samples that ESAM descends on; default: %(default)s")
+    add_esam(parser, but=["interval"] if many else [])  # the parts of a step are those of a sharp one
     return parser
+
+
+def add_esam(parser: argparse.ArgumentParser, but: Collection[str] = ()) -> None:
+    """Add ESAM's options to a parser: all but some, and but the seed, which is that of a run."""
+    for name, option in OPTIONS.items():
+        if name in ("seed", *but):
+            continue
+        others = [f", for {recipe} {values[name]}" for recipe, values in RECIPES.items() if name in values]
+        about: dict[str, Any] = {
+            "default": option.default,
+            "help": f"ESAM: {option.meaning}; default: {option.default}{''.join(others)}".replace("%", "%%"),
+        }
+        if option.kind is bool:
+            about["action"] = argparse.BooleanOptionalAction
+        elif option.choices:
+            about["choices"] = option.choices
+        else:
+            about["type"] = option.kind
+        parser.add_argument(f"--{name.replace('_', '-')}", **about)
 
 
 def make_training_parser(description: str) -> argparse.ArgumentParser:
@@ -65,7 +83,7 @@ def make_training_parser(description: str) -> argparse.ArgumentParser:
     add("--label-noise", type=float, metavar="SHARE", default=0.0, help="share of training labels made wrong")
     add("--epochs", type=int, help="the learning rate anneals over them")
     add("--seeds", type=int, default=3, help="how many; default: %(default)s")
-    add("--amp", choices=AMP, help="train under autocast; fp16 with a GradScaler")
+    add("--amp", choices=DTYPES, help="train under autocast; fp16 with a GradScaler")
     add(
         "--sharpness-samples",
         type=int,
@@ -85,15 +103,6 @@ def parse(
         recipe = RECIPES.get(known[choice], {}) | recipes.get(known[choice], {})
         parser.set_defaults(**{name: value for name, value in recipe.items() if name in known})
     return parser.parse_args(argv)
-
-
-@contextmanager
-def refusals(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Let a ValueError inside the block, which says what in the command line cannot be, end it as one of argparse's."""
-    try:
-        yield
-    except ValueError as error:
-        parser.error(str(error))
 
 
 def images(args: argparse.Namespace) -> data.ImageData:
@@ -142,24 +151,27 @@ def training_images(args: argparse.Namespace) -> data.ImageData:
     return chosen
 
 
-def as_json(args: argparse.Namespace) -> dict[str, Any]:
-    """The options as they go into a result: all but the paths, which are this machine's own."""
-    return {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-
-
-def settings(args: argparse.Namespace, **more: Any) -> Settings:
-    """The optimizers' options, and more of them."""
-    shared = {name: getattr(args, name) for name in ("lr", "momentum", "weight_decay", "rho", "beta", "gamma")}
-    shared["amp"] = AMP.get(getattr(args, "amp", ""))  # some benchmarks have no such option
-    return Settings(**(shared | more))
-
-
-def network(args: argparse.Namespace, channels: int, classes: int, seed: int) -> nn.Module:
-    """The chosen network with the initial weights of a seed, on the chosen device."""
-    model = models.build(args.model, width=args.width, channels=channels, classes=classes, seed=seed)
-    return model.to(args.device, memory_format=memory_format(args))  # type: ignore[call-overload]
-
-
 def memory_format(args: argparse.Namespace) -> torch.memory_format:
     """The order of the dimensions in memory."""
     return torch.channels_last if args.channels_last else torch.contiguous_format
+
+
+def settings(args: argparse.Namespace, seed: int = 0, **changed: Any) -> Settings:
+    """The optimizers' options, with those of ESAM that are given here instead of the command line's."""
+    esam = {name: getattr(args, name) for name in OPTIONS if hasattr(args, name)} | {"seed": seed} | changed
+    amp = DTYPES.get(getattr(args, "amp", ""))  # some benchmarks have no such option
+    return Settings(args.lr, args.momentum, args.weight_decay, esam, amp)
+
+
+def task(args: argparse.Namespace, images: data.ImageData) -> Task:
+    """What the methods are given to do with the images."""
+    return Task(
+        images,
+        args.model,
+        args.width,
+        torch.device(args.device),
+        memory_format(args),
+        args.batch_size,
+        args.sharpness_samples,
+        distances=tuple(factor * args.rho for factor in DISTANCES),
+    )

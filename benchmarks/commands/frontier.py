@@ -15,7 +15,7 @@ labels late, it has a control that stops early: a fifth of the epochs.
 import argparse
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import chain, groupby, islice, repeat
 from statistics import mean
 from time import perf_counter
@@ -24,68 +24,50 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm, trange
 
-from . import data, options, plots, record, tables
-from .environment import environment
-from .journal import PACKAGES, Journal, code_fingerprint
-from .measure import ratio, spread, turn
-from .methods import BF16_ON_ITS_OWN, Settings
-from .tables import PANELS
-from .train import Run, distances, require_valid
+from .. import record
+from ..measuring.clock import ratio, spread, turn
+from ..measuring.environment import environment
+from ..measuring.journal import PACKAGES, Journal, code_fingerprint
+from ..report import plots, tables
+from ..report.tables import PANELS
+from ..training.data import ImageData
+from ..training.landscape import TOLERANCE
+from ..training.methods import METHODS
+from ..training.run import Run
+from . import command_line
+from .refusals import refusals
 
 WARM_UP = 1  # rounds of the calibration that are not counted
 TURN = 10  # steps at least
 SLOWDOWN = 1.2  # of a run's steps beside the calibration's, until a run is slower
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """A point of the plot.
-
-    Attributes:
-        label: its name there.
-        method: one of ``methods.METHODS``.
-        changes: those of the options that are not as the command line has them.
-        rho_factor: what the command line's radius is multiplied with.
-        share_of_epochs: of those that a panel gives to it.
-    """
-
-    label: str
-    method: str
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    rho_factor: float = 1.0
-    share_of_epochs: float = 1.0
-
-    def settings(self, args: argparse.Namespace, seed: int) -> Settings:
-        """All options of a run."""
-        return options.settings(args, **{"rho": self.rho_factor * args.rho, **self.changes, "seed": seed})
-
-
 # What says most comes first, as a time budget may cut off the rest: the optimizers, the controls of ESAM's choice of
 # samples, SGD's controls, and bf16; then one option at a time.
-CONFIGURATIONS = {
-    "sgd": Configuration("SGD", "sgd"),
-    "sam": Configuration("SAM", "sam"),
-    "esam": Configuration("ESAM", "esam"),
-    "esam-random": Configuration("ESAM, random samples", "esam", {"selection": "random"}),
-    "esam-loss": Configuration("ESAM, largest losses", "esam", {"selection": "loss"}),
-    "sgd-short": Configuration("SGD, 1/5 of the epochs", "sgd", share_of_epochs=0.2),
-    "sgd-bf16": Configuration("SGD, bf16 autocast", "sgd-bf16"),
-    "esam-bf16": Configuration("ESAM, bf16 steering", "esam-bf16"),
-    "esam-random-bf16": Configuration("ESAM, random samples, bf16 steering", "esam-bf16", {"selection": "random"}),
-    "esam-gamma0.25": Configuration("ESAM, gamma 0.25", "esam", {"gamma": 0.25}),
-    "esam-gamma0.75": Configuration("ESAM, gamma 0.75", "esam", {"gamma": 0.75}),
-    "esam-gamma1": Configuration("ESAM, gamma 1", "esam", {"gamma": 1.0}),
-    "esam-beta0.3": Configuration("ESAM, beta 0.3", "esam", {"beta": 0.3}),
-    "esam-beta1": Configuration("ESAM, beta 1", "esam", {"beta": 1.0}),
-    "esam-element": Configuration("ESAM, element masks", "esam", {"granularity": "element"}),
-    "esam-interval2": Configuration("ESAM, every 2nd step", "esam", {"interval": 2}),
-    "esam-interval5": Configuration("ESAM, every 5th step", "esam", {"interval": 5}),
-    "esam-half-rho": Configuration("ESAM, rho / 2", "esam", rho_factor=0.5),
-    "esam-twice-rho": Configuration("ESAM, rho * 2", "esam", rho_factor=2.0),
-    "sam-half-rho": Configuration("SAM, rho / 2", "sam", rho_factor=0.5),
-    "sam-twice-rho": Configuration("SAM, rho * 2", "sam", rho_factor=2.0),
-    "sam-interval2": Configuration("SAM, every 2nd step", "esam", {"beta": 1.0, "gamma": 1.0, "interval": 2}),
-}
+CONFIGURATIONS = (
+    "sgd",
+    "sam",
+    "esam",
+    "esam-random",
+    "esam-loss",
+    "sgd-short",
+    "sgd-bf16",
+    "esam-bf16",
+    "esam-random-bf16",
+    "esam-gamma0.25",
+    "esam-gamma0.75",
+    "esam-gamma1",
+    "esam-beta0.3",
+    "esam-beta1",
+    "esam-element",
+    "esam-interval2",
+    "esam-interval5",
+    "esam-half-rho",
+    "esam-twice-rho",
+    "sam-half-rho",
+    "sam-twice-rho",
+    "sam-interval2",
+)
 CORE = ["sgd", "sam", "esam", "esam-random", "esam-loss"]
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {"width": 32, "epochs": 50, "label_noise": 0.2, "rho": 0.2},
@@ -117,9 +99,10 @@ class Sweep:
         epochs: for each panel and configuration, how many.
     """
 
-    def __init__(self, images: data.ImageData, args: argparse.Namespace, journal: Journal) -> None:
+    def __init__(self, images: ImageData, args: argparse.Namespace, journal: Journal) -> None:
         self.images = images
         self.args = args
+        self.task = command_line.task(args, images)
         self.journal = journal
         self.steps = images.steps_per_epoch(args.batch_size)
         key = self._key(calibration={name: self._settings(name, 0) for name in args.configurations}, rounds=args.rounds)
@@ -128,7 +111,7 @@ class Sweep:
         self.calibration: dict[str, Any] = journal.get(key)
         self.epochs: dict[str, dict[str, int]] = {panel: {} for panel in PANELS}
         for name in args.configurations:
-            epochs = CONFIGURATIONS[name].share_of_epochs * args.epochs
+            epochs = METHODS[name].share_of_epochs * args.epochs
             cost = self.calibration["steps"][name]["time_over_sgd"]["median"]
             self.epochs["equal_epochs"][name] = max(1, round(epochs))
             self.epochs["equal_time"][name] = max(1, round(epochs / cost))
@@ -156,7 +139,7 @@ class Sweep:
                     continue  # the options make two configurations the same
                 if perf_counter() + self.expected_seconds(planned) > deadline:
                     return
-                progress.set_description(f"seed {planned.seed}, {CONFIGURATIONS[planned.configuration].label}")
+                progress.set_description(f"seed {planned.seed}, {METHODS[planned.configuration].label}")
                 self.journal.add(self._run_key(planned), self._train(planned, progress))
 
     def expected_seconds(self, planned: Planned) -> float:
@@ -176,9 +159,7 @@ class Sweep:
 
     def _train(self, planned: Planned, progress: tqdm) -> dict[str, Any]:
         start = perf_counter()
-        configuration = CONFIGURATIONS[planned.configuration]
-        settings = configuration.settings(self.args, planned.seed)
-        run = Run(configuration.method, settings, planned.epochs, self.images, self.args)
+        run = Run(planned.configuration, command_line.settings(self.args, planned.seed), planned.epochs, self.task)
         for _ in range(planned.epochs):
             run.train_epoch(progress, test=False)
         seconds = sum(epoch["seconds"] for epoch in run.curve)
@@ -193,39 +174,38 @@ class Sweep:
 
     def _run_key(self, planned: Planned) -> dict[str, Any]:
         return self._key(
-            method=CONFIGURATIONS[planned.configuration].method,
+            trainer=METHODS[planned.configuration].trainer,
             settings=self._settings(planned.configuration, planned.seed),
             epochs=planned.epochs,
         )
 
     def _settings(self, name: str, seed: int) -> dict[str, Any]:
-        settings = asdict(CONFIGURATIONS[name].settings(self.args, seed))
+        settings = asdict(command_line.settings(self.args, seed).by(METHODS[name]))
         return {key: str(value) if isinstance(value, torch.dtype) else value for key, value in settings.items()}
 
     def _key(self, **more: Any) -> dict[str, Any]:
-        shared = {name: value for name, value in options.as_json(self.args).items() if name not in OF_THE_SWEEP}
+        shared = {name: value for name, value in record.as_json(self.args).items() if name not in OF_THE_SWEEP}
         return {**shared, "images": self.images.label, **more}
 
 
-def calibrate(images: data.ImageData, args: argparse.Namespace) -> dict[str, Any]:
+def calibrate(images: ImageData, args: argparse.Namespace) -> dict[str, Any]:
     """How long a step of each configuration takes, and what a run needs besides.
 
-    In every round each takes a turn, in the order of ``measure.turn``; it is a whole number of every interval.
+    In every round each takes a turn, in the order of ``clock.turn``; it is a whole number of every interval.
 
     Returns:
         ``steps``: for each configuration the seconds of a step, with its batch's preparation, and their ratio to SGD's,
         medians and quartiles; ``seconds_besides``: of the making, test and sharpness of SGD's network.
     """
     start = perf_counter()
-    untrained = Run("sgd", options.settings(args), 1, images, args)
+    task, settings = command_line.task(args, images), command_line.settings(args)
+    untrained = Run("sgd", settings, 1, task)
     untrained.accuracy()
     untrained.sharpness()
     seconds_besides = perf_counter() - start
-    configurations = {name: CONFIGURATIONS[name] for name in args.configurations}
-    settings = {name: configuration.settings(args, seed=0) for name, configuration in configurations.items()}
-    runs = {name: Run(configurations[name].method, settings[name], 1, images, args) for name in configurations}
+    runs = {name: Run(name, settings, 1, task) for name in args.configurations}
     batches = {name: endless_batches(run, args.batch_size) for name, run in runs.items()}
-    interval = math.lcm(*(one.interval for one in settings.values()))
+    interval = math.lcm(*(settings.by(METHODS[name]).esam["interval"] for name in runs))
     steps = interval * math.ceil(TURN / interval)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in trange(WARM_UP + args.rounds, desc="calibration", unit="round", leave=False):
@@ -248,7 +228,7 @@ def calibrate(images: data.ImageData, args: argparse.Namespace) -> dict[str, Any
 
 def endless_batches(run: Run, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """A run's batches, one epoch after another."""
-    return chain.from_iterable(run.images.train_batches(batch_size, run.generator) for _ in repeat(None))
+    return chain.from_iterable(run.task.images.train_batches(batch_size, run.generator) for _ in repeat(None))
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -277,7 +257,7 @@ def summarize(sweep: Sweep) -> dict[str, Any]:
     for name in args.configurations:
         timed, share = sweep.calibration["steps"][name], sweep.epochs["equal_epochs"][name] / args.epochs
         training_time = share * timed["time_over_sgd"]["median"]
-        configurations[name] = {"label": CONFIGURATIONS[name].label, **timed, "training_time_over_sgd": training_time}
+        configurations[name] = {"label": METHODS[name].label, **timed, "training_time_over_sgd": training_time}
     for panel in PANELS:
         runs = {
             name: [sweep.result(Planned(name, seed, sweep.epochs[panel][name])) for seed in range(args.seeds)]
@@ -295,7 +275,7 @@ def summarize(sweep: Sweep) -> dict[str, Any]:
         "steps_per_epoch": sweep.steps,
         "runs": {"finished": finished, "planned": len(plan)},
         "configurations": configurations,
-        "sharpness": {"distances": distances(args)},
+        "sharpness": {"distances": sweep.task.distances, "tolerance": TOLERANCE},
     }
 
 
@@ -327,8 +307,8 @@ def summarize_runs(runs: Mapping[int, dict[str, Any]], epochs: int) -> dict[str,
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options."""
-    parser = options.make_training_parser(__doc__ or "")
+    """The command_line."""
+    parser = command_line.make_training_parser(__doc__ or "")
     add = parser.add_argument
     add("--configurations", nargs="+", choices=CONFIGURATIONS, metavar="NAME", help=f"of {', '.join(CONFIGURATIONS)}")
     add("--rounds", type=int, default=8, help="of the calibration, at which all take turns; default: %(default)s")
@@ -348,15 +328,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked."""
     parser = make_parser()
     quick = QUICK if parser.parse_known_args(argv)[0].quick else {}
-    args = options.parse(parser, argv, {name: recipe | quick for name, recipe in RECIPES.items()})
+    args = command_line.parse(parser, argv, {name: recipe | quick for name, recipe in RECIPES.items()})
     if args.configurations is None:
         args.configurations = list(CONFIGURATIONS)
     if args.amp:  # it sets the precision of all passes
-        own = [name for name in args.configurations if CONFIGURATIONS[name].method in BF16_ON_ITS_OWN]
-        args.configurations = [name for name in args.configurations if name not in own]
+        args.configurations = [name for name in args.configurations if not METHODS[name].compares_precision]
     if "sgd" not in args.configurations:
         parser.error("--configurations lacks sgd, which all are compared with")
-    options.check_training(parser, args)
+    command_line.check_training(parser, args)
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: at least 1 is needed")
     return args
@@ -368,10 +347,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     stem = f"frontier_{args.data}_{args.device}"
     here = environment()
-    with options.refusals(make_parser()):
-        images = options.training_images(args)
-        methods = [CONFIGURATIONS[name] for name in args.configurations]
-        require_valid(images, args, [(one.method, one.settings(args, seed=0)) for one in methods])
+    with refusals(make_parser()):
+        images = command_line.training_images(args)
+        command_line.task(args, images).require_valid(args.configurations, command_line.settings(args))
         identity = here | {"code": code_fingerprint(*PACKAGES)}
         journal = Journal(args.output / f"{stem}.jsonl", identity, args.restart)
     sweep = Sweep(images, args, journal)
@@ -387,7 +365,3 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"Run {command} again until it is finished: {result['runs']['finished']} of {result['runs']['planned']} "
             "runs done."
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import benchmarks
 import esam_kernels
 
-PACKAGES = (Path(esam_kernels.__file__).parent, Path(__file__).parent)
+PACKAGES = (Path(esam_kernels.__file__).parent, Path(benchmarks.__file__).parent)
 # What may change between two starts. Of the code, its fingerprint says more than git does.
 CHANGING = {"date", "commit", "uncommitted_changes"}
 

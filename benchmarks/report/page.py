@@ -26,7 +26,7 @@ def render(**content: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("report.html.jinja").render(content)
+    return environment.get_template("page.html.jinja").render(content)
 
 
 def inline_svg(

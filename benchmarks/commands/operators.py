@@ -1,12 +1,7 @@
 """Each operator over the parameter lists of real models, beside what one would write without this library.
 
-``python -m benchmarks.kernels`` writes benchmarks/results/kernels_<device>.json;
-``pytest benchmarks/kernels.py --benchmark-only`` times our side alone, to compare two commits.
-
-The rivals of an operator run in turns with it, in an order drawn anew for each round, so that all see the same machine;
-times are medians. On a CPU, what fits into its caches is timed with warm caches: the mean of 20 calls in a row. On a
-GPU a time is the device's own: it is kept busy until the host has launched all of a call, however many launches that
-takes. ``host_us`` is what a call costs the host while the device is idle.
+How it is measured stands in docs/benchmarks.md. ``pytest benchmarks/commands/operators.py --benchmark-only`` times our
+side alone, to compare two commits.
 """
 
 import random
@@ -24,8 +19,11 @@ from tqdm import tqdm
 from esam_kernels import ops
 from esam_kernels.ops import ElementMask, reference
 
-from . import options, record, tables
-from .environment import environment
+from .. import record
+from ..measuring.environment import environment
+from ..report import tables
+from . import command_line
+from .refusals import refusals
 
 COMPILED_TENSORS = 100  # torch.compile takes minutes for lists that are longer
 CACHED_BYTES = 2**20  # a CPU's caches hold what moves fewer
@@ -111,13 +109,7 @@ def perturb(shapes: Shapes, device: str) -> Case:
 
 
 def norm_and_perturb(shapes: Shapes, device: str) -> Case:
-    """Foreach: the same two in a row; "foreach, scale on the host" waits for the norm, and adds without a product.
-
-    Of each weight, 20 bytes move: g for the norm, then w, g, the backup and the new w. The best foreach moves 24, since
-    it reads w twice, and 28 where the backup's cache lines are read before they are written, which ours are not. So
-    where memory is the bound, as it is for one thread, it takes 1.2 to 1.4 times our time, and foreach with its product
-    (32 to 40 bytes) 1.6 to 2 times. A larger ratio comes not from bytes, but from how the work spreads over threads.
-    """
+    """Foreach: the same two in a row; "foreach, scale on the host" waits for the norm, and adds without a product."""
     params, grads, backups, count = _tensors(shapes, device)
 
     def ours() -> None:
@@ -295,7 +287,7 @@ def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure every operator, write the result and print the tables."""
-    parser = options.base_parser(__doc__ or "")
+    parser = command_line.base_parser(__doc__ or "")
     parser.add_argument("--models", nargs="+", choices=MODELS, help="default: ResNet-18, on a GPU all")
     parser.add_argument("--repeats", type=int, help="rounds; default: 11, on a GPU 50")
     on_gpu = parser.parse_known_args(argv)[0].device == "cuda"
@@ -303,17 +295,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error("--repeats must be at least 1")
-    with options.refusals(parser):
-        options.require_device(args)
-    result = record.header("kernels", "random tensors", args)
+    with refusals(parser):
+        command_line.require_device(args)
+    result = record.header("operators", "random tensors", args)
     result |= {"backend": ops.explain(torch.zeros(1, device=args.device)), "operators": []}
     progress = tqdm(list(cases(args.device, args.models)))
     for operator, subject, make in progress:
         progress.set_description(f"{operator}, {subject}")
         row = measure(make(), args.device, args.repeats)
         result["operators"].append({"operator": operator, "on": subject, **row})
-    record.save(result, args.output, f"kernels_{args.device}")
-    print(tables.kernels(result))
+    record.save(result, args.output, f"operators_{args.device}")
+    print(tables.operators(result))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -327,7 +319,3 @@ def test_operator_over_resnet18(benchmark: Any, operator: Callable[[Shapes, str]
     call()
     benchmark.extra_info["commit"] = environment()["commit"]
     benchmark.pedantic(lambda: seconds(call, device), rounds=20)
-
-
-if __name__ == "__main__":
-    main()

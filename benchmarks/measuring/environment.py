@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-_REPOSITORY = Path(__file__).parent.parent
+_REPOSITORY = Path(__file__).parents[2]
 
 
 def environment() -> dict[str, Any]:

@@ -4,10 +4,11 @@ Each case, a network with a batch size, is measured in rounds. In a round every 
 in an order that changes from round to round; SGD and ESAM take several, since all else is compared with them, and SGD
 takes part a second time under another name: what the two differ by is noise.
 
-The parts of ESAM's step are written out below with torch and the operators, without the front end's checks and its
-protection against exceptions, which are "left over" when the parts are taken from the whole step. The floor under it is
-less than that: the three passes and the base optimizer's step, with no weight moved and no sample selected. Whole,
-parts and floor have the same batch and the same draws, as many visits, and are timed one right after the other.
+The parts of ESAM's step are the package's own passes, with a mark of the stopwatch before and after each; the front
+end's checks and its protection against exceptions are "left over" when they are taken from the whole step. The floor
+under it is less than that: the three passes and the base optimizer's step in plain torch, with no weight moved and no
+sample selected. Whole, parts and floor have the same batch and the same draws, as many visits, and are timed one right
+after the other.
 
 On a CPU the networks are scaled-down stand-ins: as deep as the published ones, but narrower, and on small images or
 short sequences. Their widths stand in the tables.
@@ -16,9 +17,9 @@ short sequences. Their widths stand in the tables.
 import argparse
 import gc
 import sys
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -29,37 +30,53 @@ from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from esam_kernels import ESAM, ops
-from esam_kernels.closure import Losses
+from esam_kernels import ops, options, sharpness
 from esam_kernels.model_state import ModelState
-from esam_kernels.optimizer import STEP
-from esam_kernels.options import count_of as count
+from esam_kernels.options import OPTIONS, STEP
 from esam_kernels.passes.draw import draw_tensors
 
-from . import authors, data, models, options, record, tables
-from .measure import Stopwatch, ratio, spread, turn
-from .methods import (
-    BF16_ON_ITS_OWN,
-    METHODS,
-    VARIANTS,
-    Settings,
-    Trainer,
-    mean_loss,
-    per_sample_loss,
-    per_sequence_loss,
-    trainer,
-)
+from .. import record
+from ..measuring.clock import Stopwatch, ratio, spread, turn
+from ..report import tables
+from ..training import authors, data, models
+from ..training.catalogue import LANGUAGE_WIDTHS
+from ..training.losses import mean_loss, per_sample_loss, per_sequence_loss
+from ..training.methods import METHODS
+from ..training.trainers import DTYPES, ESAMTrainer, Trainer, trainer
+from . import command_line
+from .refusals import refusals
 
 WARM_UP = 2  # rounds that are not counted
 # Steps in a round, of which the median counts; of all others one. ESAM's are as many as those of its parts and floor.
 VISITS = {"sgd": 3, "sgd-again": 3, "esam": 3}
+SHARED = [name for name, option in OPTIONS.items() if not option.per_group]  # what holds for all parameter groups
 LR = 0.01  # of all cases: no step's cost depends on it, and with it none diverges
 AGREEMENTS = 10  # rounds in which bf16 steering is compared with float32's
+TIMED = (
+    "sgd",
+    "sgd-bf16",
+    "sgd-again",
+    "sam",
+    "sam-davda54",
+    "esam",
+    "esam-bf16",
+    "esam-gamma1",
+    "esam-beta1",
+    "esam-loss",
+    "esam-interval2",
+    "esam-element",
+    "esam-triton",
+    "esam-native",
+    "esam-reference",
+    "esam-authors",
+)
+FORMER_NAMES = {"esam-gamma": "esam-gamma1", "esam-beta": "esam-beta1", "esam-interval": "esam-interval2"}
 ALWAYS = ("sgd", "sgd-again", "esam")
 BACKENDS = ("triton", "native", "reference")
 
@@ -89,104 +106,124 @@ TIME_BUDGET = {"cpu": 300, "cuda": 440, "quick": 60}
 # ESAM's step in parts.
 
 
-def parts_of_step(bare: Trainer, inputs: Tensor, targets: Tensor, step: int) -> Iterator[str]:
-    """ESAM's step of that number, yielding the name of each part when it has been given to the device.
+# The passes by their names in ``esam_kernels.sharpness``, which calls them by these.
+PASSES = {
+    "ascend": "pass 1, forward and drawn gradients",
+    "perturb": "perturb",
+    "look": "pass 2, forward",
+    "select": "select",
+    "descend": "pass 3, forward and backward of the selected",
+    "restore": "restore",
+}
+BUFFERS = "batch statistics kept and put back"
+Part = Callable[..., Any]
 
-    A name that comes twice is that of one part in two pieces.
+
+@contextmanager
+def parts_through(wrap: Callable[[str, Part], Part], one: ESAMTrainer) -> Iterator[None]:
+    """Inside the block, let what ESAM's step is made of be called through ``wrap(name, function)``."""
+    keep_buffers = ModelState.keep_buffers
+
+    def keep_and_put_back(state: ModelState) -> Part:
+        return wrap(BUFFERS, wrap(BUFFERS, keep_buffers)(state))
+
+    with ExitStack() as stack:
+        for function, name in PASSES.items():
+            stack.enter_context(patch.object(sharpness, function, wrap(name, getattr(sharpness, function))))
+        stack.enter_context(patch.object(ModelState, "keep_buffers", keep_and_put_back))
+        base = one.optimizer.base
+        stack.enter_context(patch.object(base, "zero_grad", wrap("zero_grad", base.zero_grad)))
+        stack.enter_context(patch.object(one, "base_step", wrap("base step", one.base_step)))
+        yield
+
+
+def parts_of_step(one: ESAMTrainer, inputs: Tensor, targets: Tensor, stopwatch: Stopwatch) -> dict[str, float]:
+    """Take ESAM's step, with the stopwatch marked where each part of it begins and ends; the seconds of each part.
+
+    What one part calls of another is the other's.
     """
-    bare.optimizer.zero_grad()
-    weights = drawn(bare, step)
-    yield "zero_grad and draw"
-    before, grads = ascend(bare, inputs, targets, weights)
-    yield "pass 1, forward and drawn gradients"
-    put_back = ModelState([bare.model], weights).keep_buffers()
-    yield "batch statistics kept and put back"
-    backups = [torch.empty_like(param) for param in weights]
-    perturb(weights, grads, backups, bare.settings)
-    del grads  # a CPU's allocator takes its time for it
-    yield "perturb"
-    after = look(bare, inputs, targets)
-    yield "pass 2, forward"
-    index = ops.select_top(before, after, count(bare.settings.gamma, len(targets)))
-    yield "select"
-    bare.backward(inputs.index_select(0, index), targets.index_select(0, index))
-    yield "pass 3, forward and backward of the selected"
-    ops.restore_(weights, backups)
-    del backups
-    yield "restore"
-    put_back()
-    yield "batch statistics kept and put back"
-    base_step(bare)
-    yield "base step"
+    laps, running = [], [""]  # nameless is what lies between the parts
+
+    def timed(name: str, part: Part) -> Part:
+        def call(*args: Any, **options: Any) -> Any:
+            stopwatch.mark()
+            laps.append(running[-1])
+            running.append(name)
+            result = part(*args, **options)
+            stopwatch.mark()
+            laps.append(running.pop())
+            return result
+
+        return call
+
+    with parts_through(timed, one):
+        stopwatch.mark()
+        one.step(inputs, targets)
+    parts: dict[str, float] = defaultdict(float)
+    for name, seconds in zip(laps, stopwatch.laps(), strict=True):
+        parts[name] += seconds
+    return {name: seconds for name, seconds in parts.items() if name}
+
+
+def agreement(one: ESAMTrainer, inputs: Tensor, targets: Tensor, step: int) -> tuple[float, float]:
+    """How well bf16 steers: cosine of its ascent gradient with float32's, and share of samples selected alike."""
+    directions: list[Tensor] = []
+    chosen: list[Tensor] = []
+
+    def watched(name: str, part: Part) -> Part:
+        def call(*args: Any, **options: Any) -> Any:
+            result = part(*args, **options)
+            if name == PASSES["ascend"]:
+                directions.append(torch.cat([grad.flatten().double() for grad in result.grads if grad is not None]))
+            elif name == PASSES["select"]:
+                (rows,) = result
+                chosen.append(torch.arange(len(targets), device=targets.device) if rows is None else rows)
+            return result
+
+        return call
+
+    group, own = one.optimizer.param_groups[0], one.settings.esam["steering_dtype"]
+    with parts_through(watched, one):
+        for name in (None, "bfloat16"):
+            group["steering_dtype"] = name
+            set_step(one, step)
+            one.optimizer.backward(one.closure(inputs, targets))
+    group["steering_dtype"] = own
+    exact, steered = directions
+    return nn.functional.cosine_similarity(exact, steered, dim=0).item(), torch.isin(*chosen).double().mean().item()
+
+
+def set_step(one: ESAMTrainer, number: int) -> None:
+    """Let the step that ESAM takes next be that of this number, on which its draws depend."""
+    for group in one.optimizer.param_groups:
+        group[STEP] = number
+
+
+# The floor under ESAM's step.
 
 
 def floor_of_step(bare: Trainer, inputs: Tensor, targets: Tensor, weights: list[nn.Parameter]) -> None:
-    """The three passes of ESAM's step and the base optimizer's step, on the first samples instead of selected ones."""
+    """What ESAM's step cannot be without, in plain torch: its passes, on the first samples, and the base step."""
+    settings = options.Settings(**{name: bare.settings.esam[name] for name in SHARED})
+    steering = settings.steering_dtype and torch.autocast(inputs.device.type, getattr(torch, settings.steering_dtype))
     bare.optimizer.zero_grad()
-    ascend(bare, inputs, targets, weights)
-    look(bare, inputs, targets)
-    size = count(bare.settings.gamma, len(targets))
+    with steering or nullcontext():
+        losses = bare.loss_fn(bare.model(inputs), targets)
+    torch.autograd.grad(bare.scaler.scale(mean_loss(losses)), weights)
+    if "look" in sharpness.passes(settings):
+        with torch.no_grad(), steering or nullcontext():
+            bare.loss_fn(bare.model(inputs), targets)
+    size = options.count_of(settings.gamma, len(targets))
     bare.backward(inputs[:size], targets[:size])
-    base_step(bare)
+    bare.base_step()
 
 
 def drawn(bare: Trainer, step: int) -> list[nn.Parameter]:
     """The weights that ESAM draws in a step."""
-    weights, settings = list(bare.model.parameters()), bare.settings
-    return [weights[i] for i in draw_tensors(range(len(weights)), settings.beta, settings.seed, step)]
-
-
-def ascend(
-    bare: Trainer, inputs: Tensor, targets: Tensor, weights: list[nn.Parameter], dtype: torch.dtype | None = None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Losses, and the gradients of the drawn weights."""
-    with autocast(inputs.device, dtype):
-        losses = bare.loss_fn(bare.model(inputs), targets)
-    return unweighted(losses), torch.autograd.grad(bare.scaler.scale(mean_loss(losses)), weights)
-
-
-def perturb(weights: list[nn.Parameter], grads: Sequence[Tensor], backups: list[Tensor], settings: Settings) -> None:
-    """Move the drawn weights uphill."""
-    coefficients = [settings.rho / settings.beta] * len(weights)
-    ops.perturb_(weights, grads, backups, coefficients)
-
-
-@torch.no_grad()
-def look(bare: Trainer, inputs: Tensor, targets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Losses at the weights as they are."""
-    with autocast(inputs.device, dtype):
-        return unweighted(bare.loss_fn(bare.model(inputs), targets))
-
-
-def base_step(bare: Trainer) -> None:
-    """The base optimizer's step, through the loss scaler."""
-    bare.scaler.step(bare.optimizer)
-    bare.scaler.update()
-
-
-def unweighted(losses: Losses) -> Tensor:
-    """The losses alone, without their graph."""
-    return (losses if isinstance(losses, Tensor) else losses[0]).detach()
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
-    """Autocast to ``dtype``, or nothing if it is None."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def agreement(bare: Trainer, inputs: Tensor, targets: Tensor, weights: list[nn.Parameter]) -> tuple[float, float]:
-    """How well bf16 steers: cosine of its ascent gradient with float32's, and share of samples selected alike."""
-    directions, chosen = [], []
-    for dtype in (None, torch.bfloat16):
-        before, grads = ascend(bare, inputs, targets, weights, dtype)
-        backups = [torch.empty_like(param) for param in weights]
-        perturb(weights, grads, backups, bare.settings)
-        after = look(bare, inputs, targets, dtype)
-        ops.restore_(weights, backups)
-        directions.append(torch.cat([grad.flatten().double() for grad in grads]))
-        chosen.append(ops.select_top(before, after, count(bare.settings.gamma, len(targets))))
-    exact, steered = directions
-    return nn.functional.cosine_similarity(exact, steered, dim=0).item(), torch.isin(*chosen).double().mean().item()
+    weights, esam = list(bare.model.parameters()), bare.settings.esam
+    if esam["granularity"] == "element":
+        return weights
+    return [weights[i] for i in draw_tensors(range(len(weights)), esam["beta"], esam["seed"], step)]
 
 
 # A case: a network, its data, and the methods that make sense there.
@@ -198,7 +235,7 @@ def case_data(args: argparse.Namespace, images: data.ImageData | None) -> data.I
     Raises:
         ValueError: if there are fewer images than the batch needs, or their size does not divide that asked for.
     """
-    if images is None or args.model in models.LANGUAGE_MODELS:
+    if images is None or args.model in LANGUAGE_WIDTHS:
         return data.TokenData(args.vocabulary, args.context, torch.device(args.device))
     if len(images.train_images) < args.batch_size:
         raise ValueError(f"--batch-sizes {args.batch_size}: {images.label} has {len(images.train_images)} images only")
@@ -218,24 +255,26 @@ def prepare(cases: Sequence[argparse.Namespace]) -> list[data.ImageData | data.T
         ValueError: if there is no such device, a method makes sense in no case, a network cannot have the shape or an
             optimizer the options, or the data are not to be had.
     """
-    options.prepare(cases[0])
+    command_line.prepare(cases[0])
     for name in cases[0].methods or ():
         if all(name in left_out(args) for args in cases):
             raise ValueError(f"--methods {name}: {left_out(cases[0])[name]}")
     for args in cases:
         with torch.device("meta"):
-            trainer("esam", build(args, 0), options.settings(args), torch.device(args.device))
+            trainer("esam", build(args, 0), command_line.settings(args), torch.device(args.device))
     images = None
-    if any(args.model not in models.LANGUAGE_MODELS for args in cases):
+    if any(args.model not in LANGUAGE_WIDTHS for args in cases):
         shared = cases[0]
-        images = data.load(shared.data, shared.data_file, torch.device(shared.device), options.memory_format(shared))
+        images = data.load(
+            shared.data, shared.data_file, torch.device(shared.device), command_line.memory_format(shared)
+        )
     return [case_data(args, images) for args in cases]
 
 
 def build(args: argparse.Namespace, seed: int) -> nn.Module:
     """The case's network with the initial weights of a seed."""
     shape = {"vocabulary": args.vocabulary, "context": args.context}
-    if args.model not in models.LANGUAGE_MODELS:
+    if args.model not in LANGUAGE_WIDTHS:
         shape = {"image_size": args.image_size, "patch_size": args.patch_size} if args.model == "vit_s" else {}
     return models.build(args.model, width=args.width, seed=seed, **shape)
 
@@ -247,12 +286,13 @@ def serving_backend(device: str) -> str:
 
 def left_out(args: argparse.Namespace) -> dict[str, str]:
     """The methods that make no sense in a case, and why."""
-    why = dict.fromkeys(BF16_ON_ITS_OWN, "--amp sets the precision of all passes") if args.amp else {}
+    of_precision = [name for name in TIMED if METHODS[name].compares_precision]
+    why = dict.fromkeys(of_precision, "--amp sets the precision of all passes") if args.amp else {}
     if find_spec("pytorch_optimizer") is None:
         why["sam"] = "the package pytorch_optimizer is not installed"
     if args.authors_code is None:
         why["esam-authors"] = "--authors-code says where it is"
-    elif args.model in models.LANGUAGE_MODELS:
+    elif args.model in LANGUAGE_WIDTHS:
         why["esam-authors"] = "the authors' code takes no weights of samples"
     default = serving_backend(args.device)
     for backend in BACKENDS:
@@ -265,10 +305,9 @@ def left_out(args: argparse.Namespace) -> dict[str, str]:
 
 
 def rows(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
-    """The names of the methods that are measured, family by family, and why what was asked for beside them is not."""
-    wanted, missing = {*(args.methods or METHODS | VARIANTS), *ALWAYS}, left_out(args)
-    order = [name for family in ("sgd", "sam", "esam") for name in METHODS | VARIANTS if name.split("-")[0] == family]
-    order = [name for name in order if name in wanted]
+    """The names of the methods that are measured, and why what was asked for beside them is not."""
+    wanted, missing = {*(args.methods or TIMED), *ALWAYS}, left_out(args)
+    order = [name for name in TIMED if name in wanted]
     return [name for name in order if name not in missing], {name: missing[name] for name in order if name in missing}
 
 
@@ -287,14 +326,15 @@ def measure(
     """
     device = torch.device(args.device)
     esam = authors.load(args.authors_code) if args.authors_code else None
-    settings = options.settings(args, authors_esam=esam)
+    settings = replace(command_line.settings(args), authors_esam=esam)
     loss_fn = per_sequence_loss if isinstance(batches, data.TokenData) else per_sample_loss
-    initial = build(args, settings.seed).to(device, memory_format=options.memory_format(args))  # type: ignore[call-overload]
+    initial = build(args, settings.seed).to(device, memory_format=command_line.memory_format(args))  # type: ignore[call-overload]
 
     def start(name: str) -> Trainer:
         return trainer(name, deepcopy(initial), settings, device, loss_fn)
 
-    trainers, in_parts, passes = {name: start(name) for name in names}, start("sgd"), start("sgd")
+    trainers, in_parts, at_floor = {name: start(name) for name in names}, start("esam"), start("sgd")
+    assert isinstance(in_parts, ESAMTrainer)
     stopwatch = Stopwatch(device)
     rounds: dict[str, dict[str, list[float]]] = {"methods": {}, "parts": {}, "sums": {}}
     visits: dict[tuple[str, str], list[float]]  # of the round that is under way, by what they are medians for
@@ -309,35 +349,28 @@ def measure(
         one = trainers[name]
 
         def steps() -> None:
-            if isinstance(one.optimizer, ESAM):  # whatever it has taken before, its draws are those of the round
-                for group in one.optimizer.param_groups:
-                    group[STEP] = number * one.settings.interval
-            for _ in range(one.settings.interval):  # all kinds of steps that it takes
+            if isinstance(one, ESAMTrainer):  # whatever it has taken before, its draws are those of the round
+                set_step(one, number * one.settings.esam["interval"])
+            for _ in range(one.settings.esam["interval"]):  # all kinds of steps that it takes
                 losses[name] = one.step(inputs, targets)
 
         lead(steps)
         stopwatch.mark()
         steps()
         stopwatch.mark()
-        visits["methods", name].append(stopwatch.laps()[0] / one.settings.interval)
+        visits["methods", name].append(stopwatch.laps()[0] / one.settings.esam["interval"])
 
     def time_parts() -> None:
-        lead(lambda: deque(parts_of_step(in_parts, inputs, targets, number), maxlen=0))
-        found = []
-        stopwatch.mark()
-        for name in parts_of_step(in_parts, inputs, targets, number):
-            stopwatch.mark()
-            found.append(name)
-        laps = stopwatch.laps()
-        parts: dict[str, float] = defaultdict(float)
-        for name, seconds in zip(found, laps):
-            parts[name] += seconds
-        for name, seconds in parts.items():
+        set_step(in_parts, number)
+        lead(partial(in_parts.step, inputs, targets))
+        set_step(in_parts, number)
+        found = parts_of_step(in_parts, inputs, targets, stopwatch)
+        for name, seconds in found.items():
             visits["parts", name].append(seconds)
-        visits["sums", "parts"].append(sum(laps))
+        visits["sums", "parts"].append(sum(found.values()))
 
     def time_floor() -> None:
-        work = partial(floor_of_step, passes, inputs, targets, drawn(passes, number))
+        work = partial(floor_of_step, at_floor, inputs, targets, drawn(at_floor, number))
         lead(work)
         stopwatch.mark()
         work()
@@ -368,9 +401,9 @@ def measure(
         for (kind, name), seconds in visits.items():
             rounds[kind].setdefault(name, []).append(median(seconds))
         if settings.amp is None and number < WARM_UP + AGREEMENTS:
-            agreements.append(agreement(in_parts, inputs, targets, drawn(in_parts, number)))
+            agreements.append(agreement(in_parts, inputs, targets, number))
         longest = perf_counter() - begin if number < WARM_UP else max(longest, perf_counter() - begin)
-    require_finite(trainers | {"the parts of ESAM's step": in_parts, "the floor of ESAM's step": passes}, losses)
+    require_finite(trainers | {"the parts of ESAM's step": in_parts, "the floor of ESAM's step": at_floor}, losses)
     counted = slice(WARM_UP, None)
     measured = {kind: {name: seconds[counted] for name, seconds in found.items()} for kind, found in rounds.items()}
     methods = {name: measured["methods"][name] for name in names}
@@ -411,9 +444,7 @@ def summarize(measured: dict[str, Any]) -> dict[str, Any]:
     cosines, overlaps = zip(*measured["agreements"]) if measured["agreements"] else ((), ())
     return {
         "rounds": len(whole),
-        "methods": {
-            name: {"label": (METHODS | VARIANTS)[name].label, **row(seconds)} for name, seconds in methods.items()
-        },
+        "methods": {name: {"label": METHODS[name].label, **row(seconds)} for name, seconds in methods.items()},
         "aa_difference": ratio(methods["sgd-again"], methods["sgd"]).median - 1,
         "parts": {name: row(seconds) for name, seconds in parts.items()},
         "whole_over_parts": ratio(whole, total)._asdict(),
@@ -426,12 +457,17 @@ def summarize(measured: dict[str, Any]) -> dict[str, Any]:
 # The command line.
 
 
+def current_name(name: str) -> str:
+    """A method's name, if it had another one before."""
+    return FORMER_NAMES.get(name, name)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The options; a case's own defaults are not in it."""
-    parser = options.make_parser(__doc__ or "", many=True)
+    parser = command_line.make_parser(__doc__ or "", many=True)
     add = parser.add_argument
-    add("--methods", nargs="+", choices=METHODS | VARIANTS, help=f"beside {', '.join(ALWAYS)}; default: all")
-    add("--amp", choices=options.AMP, help="train under autocast; fp16 with a GradScaler")
+    add("--methods", nargs="+", type=current_name, choices=TIMED, help=f"beside {', '.join(ALWAYS)}; default: all")
+    add("--amp", choices=DTYPES, help="train under autocast; fp16 with a GradScaler")
     add("--image-size", type=int, default=32, help="pixels; default: 32, for vit_s on a GPU 224")
     add("--patch-size", type=int, default=4, help="of vit_s, pixels; default: 4, on a GPU 16")
     add("--vocabulary", type=int, default=50257, help="of gpt, tokens; default: 50257, on a CPU 1024")
@@ -476,7 +512,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[float, list[argparse.Namespa
             case = {"model": model, "batch_size": batch_size, "lr": LR}
             parser = make_parser()
             parser.set_defaults(**case)
-            args = options.parse(parser, argv, dict.fromkeys(data.DATASETS, case | shape))
+            args = command_line.parse(parser, argv, dict.fromkeys(data.DATASETS, case | shape))
             del args.models, args.batch_sizes
             cases.append(args)
     cases.sort(key=lambda args: args.batch_size)  # the cheapest first, so that a short budget yields something
@@ -502,7 +538,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     started = perf_counter()
     budget, cases = parse_args(argv)
-    with options.refusals(make_parser()):
+    with refusals(make_parser()):
         batches = prepare(cases)
     skipped: list[str] = []
     failed: list[str] = []
@@ -522,7 +558,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(*skipped, sep="\n")
     if failed or len(skipped) == len(cases):
         sys.exit("\n".join(failed or ["no case was measured"]))
-
-
-if __name__ == "__main__":
-    main()
