@@ -7,7 +7,7 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 
 GPU_BENCHMARKS := $(addprefix bench-gpu-,train step-cost step-cost-bf16 frontier kernels memory rounding)
 
-.PHONY: bench results test check format sanitize test-gpu bench-gpu $(GPU_BENCHMARKS) sanitize-gpu clean
+.PHONY: bench results test attack check format sanitize test-gpu bench-gpu $(GPU_BENCHMARKS) sanitize-gpu clean
 
 bench: $(READY)  # what SGD, SAM and ESAM cost and buy here, in short, with a report in build/bench; 6 minutes on 2 cores
 	$(BIN)/python -m benchmarks train --epochs 20 --output build/bench
@@ -27,6 +27,9 @@ results: $(READY)  # the same in full, into benchmarks/results and the README; 4
 
 test: $(READY)  # the whole test suite; needs no GPU
 	$(BIN)/python -m pytest -q
+
+attack: $(READY)  # exceptions at any instant of a step, for 10 minutes: nothing may be lost; counts in build/attack.json
+	PYTHONPATH=. $(BIN)/python tests/attack.py --minutes 10 --output build/attack.json
 
 check: $(READY)
 	$(BIN)/ruff format --check .

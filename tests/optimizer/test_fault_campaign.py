@@ -6,22 +6,22 @@
 import pytest
 from attack import WARM_UP, WAYS, besiege, cells, table
 
-SHORT = 4  # tries in each cell
+SHORT = 4  # tries in each cell; one in the interpreter, where each takes a second
 LONG = WARM_UP + 30  # in one of each way's, to see leaks
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_nothing_is_lost(way: str) -> None:
-    sieges = [
+    results = [
         besiege(cell, LONG if i == 0 else SHORT) for i, cell in enumerate(cell for cell in cells() if cell.way == way)
     ]
-    landed = sum(siege.counts["landed"] for siege in sieges)
-    lost = [siege for siege in sieges if siege.counts["lost"] or siege.counts["leak"]]
+    landed = sum(result.counts["landed"] for result in results)
+    lost = [result for result in results if result.counts["lost"] or result.counts["leak"]]
     assert not lost, "\n".join(
         [
             "",
-            table(sieges, lambda cell: f"{cell.backend}, {cell.configuration}, {cell.phase}", way),
-            *(f"{siege.cell}: {example}" for siege in lost for example in siege.examples[:2]),
+            table(results, lambda cell: f"{cell.backend}, {cell.configuration}, {cell.phase}", way),
+            *(f"{result.cell}: {example}" for result in lost for example in result.examples[:2]),
         ]
     )
-    assert landed > len(sieges)
+    assert landed > len(results)
