@@ -484,6 +484,7 @@ class Timed(Way):
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
         self.durations: list[float] = []
+        self.reach = 1.0  # the share of the phase that is aimed at: what is armed late strikes after it
         self.armed = False
 
     def rehearse(self, act: Callable[[], object]) -> None:
@@ -494,7 +495,7 @@ class Timed(Way):
     def delays(self) -> list[float]:
         """The time to the first exception, and from each to the next one."""
         again = self.random.choice((0, 0, 1, 3))
-        first = self.random.uniform(0, min(self.durations))
+        first = self.random.uniform(0, self.reach * min(self.durations))
         return [
             max(first, 1e-6),
             *(self.random.choice((2e-6, 2e-5, 2e-4)) * self.random.random() for _ in range(again)),
@@ -527,7 +528,9 @@ class Timed(Way):
                     except Fault:
                         self.disarm()
         if landed is not None:
+            self.reach = min(1.0, 1.02 * self.reach)
             raise landed
+        self.reach *= 0.9  # so that five in six land
 
     def arm(self, delays: list[float]) -> None:
         raise NotImplementedError
@@ -734,7 +737,8 @@ class Result:
     """What a cell came to."""
 
     cell: Cell
-    counts: Counter[str] = field(default_factory=Counter)  # tries, landed, lost, and what was lost
+    # Tries, landed, lost, what was lost, and where a way counts them the places of the phase that it can land at.
+    counts: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)  # the first ones: what was lost, and where the faults landed
 
 
@@ -764,6 +768,7 @@ class Siege:
                 self._try(number)
                 if number == WARM_UP:
                     self._live, self._landed_at_live = live(), self.counts["landed"]
+        self.counts["places"] = getattr(self._way, "size", 0)
         self._look_for_leaks()
 
     def _try(self, number: int) -> None:
@@ -895,7 +900,7 @@ class Siege:
         if self._live is None or landed < 20:
             return
         tensors, objects = (now - then for now, then in zip(live(), self._live))
-        if tensors > landed / 4 or objects > landed / 2:
+        if tensors > landed / 4 or objects > landed / 2 + 200:  # caches grow by a few at any time
             self.counts["leak"] += 1
             self.examples.append(f"after {landed} faults there are {tensors} more tensors, {objects} more objects")
 
@@ -913,7 +918,8 @@ def where(error: BaseException) -> str:
             trace = trace.tb_next
         places.append(place)
         seen = seen.__context__
-    return ", then ".join(reversed(places))
+    notes = getattr(error, "__notes__", [])
+    return "; ".join([", then ".join(reversed(places)), *notes])
 
 
 @contextmanager

@@ -6,8 +6,8 @@
 import pytest
 from attack import WARM_UP, WAYS, besiege, cells, table
 
-SHORT = 4  # tries in each cell; one in the interpreter, where each takes a second
-LONG = WARM_UP + 30  # in one of each way's, to see leaks
+SHORT = 3  # tries in each cell; one in the interpreter, where each takes a second
+LONG = WARM_UP + 24  # in one of each way's, to see leaks
 
 
 @pytest.mark.parametrize("way", WAYS)
