@@ -7,7 +7,7 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 
 GPU_BENCHMARKS := $(addprefix bench-gpu-,train step-cost step-cost-bf16 frontier operators memory rounding)
 
-.PHONY: bench results test test-newest wheel wheel-test check format sanitize test-gpu bench-gpu $(GPU_BENCHMARKS) sanitize-gpu clean
+.PHONY: bench results test test-newest attack wheel wheel-test check format sanitize test-gpu bench-gpu $(GPU_BENCHMARKS) sanitize-gpu clean
 
 bench: $(READY)  # what SGD, SAM and ESAM cost and buy here, in short, with a report in build/bench; 6 minutes on 2 cores
 	$(BIN)/python -m benchmarks train --epochs 20 --output build/bench
@@ -50,6 +50,9 @@ wheel: $(READY)
 # The wheel in fresh environments: WHEEL_TEST="--python 3.12 3.13 --torch 2.15.0"; all that docs/install.md names if empty.
 wheel-test:
 	$(PYTHON) scripts/wheel_test.py dist/*.whl $(WHEEL_TEST)
+
+attack: $(READY)  # exceptions at any instant of a step, for 10 minutes: nothing may be lost; counts in build/attack.json
+	PYTHONPATH=. $(BIN)/python tests/attack.py --minutes 10 --output build/attack.json
 
 check: $(READY)
 	$(BIN)/ruff format --check .
