@@ -256,7 +256,9 @@ class ESAM(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> Any:
         """Take the base optimizer's step with the gradients in ``.grad``; with a closure, ``backward(closure)`` first.
 
-        Ctrl-C and SIGTERM wait for the base optimizer, which would otherwise leave some weights updated and some not.
+        Signals wait for the base optimizer, which would otherwise leave some weights updated and some not. An exception
+        from another thread does not wait: where one may come, keep a checkpoint.
+
         Trainers such as Lightning give a closure without an index, which runs hooks: after ``backward`` it is called.
 
         Returns:
@@ -337,9 +339,14 @@ class ESAM(torch.optim.Optimizer):
         """
         if self._progress.perturbation is None:
             raise RuntimeError("there is nothing to restore: call first_step() before second_step() or restore()")
-        self._progress.perturbation.restore()
-        self._progress.perturbation = None
-        self._model_state().forget_weight_copies()
+        perturbation = self._progress.perturbation
+
+        def work() -> None:
+            perturbation.restore()
+            self._model_state().forget_weight_copies()
+            self._progress.perturbation = None
+
+        Rollback().run(work)
 
     # What stands in the parameter groups.
 

@@ -14,7 +14,7 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 
-TRIES = 3  # of an undo that raises, before it is given up
+TRIES = 100  # of an undo, before it is given up: what comes from outside while it runs is no failure of its own
 SIGNALS = sorted(int(signum) for signum in signal.valid_signals())
 
 
