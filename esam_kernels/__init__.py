@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .closure import batch_closure
+    from .losses import token_loss
     from .optimizer import ESAM
 
-__all__ = ["ESAM", "batch_closure"]
+__all__ = ["ESAM", "batch_closure", "token_loss"]
 
-_HOMES = {"ESAM": ".optimizer", "batch_closure": ".closure"}
+_HOMES = {"ESAM": ".optimizer", "batch_closure": ".closure", "token_loss": ".losses"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from .rollback import Rollback
@@ -26,6 +27,14 @@ class ModelState:
         self.shards = ShardedModules(self._modules, params)
         self._params = params
         self._devices = sorted({param.device for param in params} - {torch.device("cpu")}, key=str)
+
+    @property
+    def trains_batch_norm(self) -> bool:
+        """Whether a batch norm takes its statistics from the batch, which needs two rows."""
+        return any(
+            isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+            for module in self._modules
+        )
 
     def keep(self, rollback: Rollback) -> Callable[[], None]:
         """Register buffers, random state and sharding to be put back if the step fails.
