@@ -18,6 +18,7 @@ from .passes.ascend import Ascent, check_gradient
 from .passes.draw import drawn
 from .passes.perturb import Perturbation, perturb
 from .rollback import Rollback
+from .sharding import check_same_on_ranks, is_sharded
 from .step import Findings, Step, Weight
 
 
@@ -357,6 +358,11 @@ class ESAM(torch.optim.Optimizer):
                     weights.append(Weight(param, tensor_id, group_settings))
                 tensor_id += 1
         state, findings = self._model_state(closures), self._progress.findings
+        if state.shards and not findings.agreed:
+            values = {name: [group[key] for group in self.param_groups] for name, key in self._keys.items()}
+            values = {name: of_groups if STORED[name].per_group else of_groups[0] for name, of_groups in values.items()}
+            check_same_on_ranks(values, [param for param in params_of(self.param_groups) if is_sharded(param)])
+            findings.agreed = True
         return Step(self._step_count, settings, weights, closures, state, rollback, findings, grad_scaler)
 
     def _model_state(self, closures: Sequence[Closure] = ()) -> ModelState:

@@ -27,6 +27,8 @@ class Findings:
 
     # The ids of the weights that graphs without reentrant checkpoints did not reach; None before the first search.
     unreached: set[int] | None = None
+    # Whether the ranks of a sharded model have been found to have the same settings.
+    agreed: bool = False
 
 
 @dataclass(frozen=True)
