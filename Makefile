@@ -5,9 +5,9 @@ READY := .venv/ready
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 
-GPU_BENCHMARKS := $(addprefix bench-gpu-,train step-cost step-cost-bf16 frontier kernels memory rounding)
+GPU_BENCHMARKS := $(addprefix bench-gpu-,train step-cost step-cost-bf16 frontier operators memory rounding)
 
-.PHONY: bench results test check format sanitize test-gpu bench-gpu $(GPU_BENCHMARKS) sanitize-gpu clean
+.PHONY: bench results test test-newest attack wheel wheel-test check format sanitize test-gpu bench-gpu $(GPU_BENCHMARKS) sanitize-gpu clean
 
 bench: $(READY)  # what SGD, SAM and ESAM cost and buy here, in short, with a report in build/bench; 6 minutes on 2 cores
 	$(BIN)/python -m benchmarks train --epochs 20 --output build/bench
@@ -22,11 +22,37 @@ results: $(READY)  # the same in full, into benchmarks/results and the README; 4
 	$(BIN)/python -m benchmarks frontier --restart
 	$(BIN)/python -m benchmarks memory
 	$(BIN)/python -m benchmarks rounding
-	$(BIN)/python -m benchmarks kernels --models ResNet-18 ViT-B/16 --repeats 5
+	$(BIN)/python -m benchmarks operators --models ResNet-18 ViT-B/16 --repeats 5
 	$(BIN)/python -m benchmarks report
 
 test: $(READY)  # the whole test suite; needs no GPU
 	$(BIN)/python -m pytest -q
+
+test-newest:  # the whole test suite under the newest torch, of requirements-newest.txt; from the index that is gigabytes
+	$(PYTHON) -m venv build/newest
+	grep -vE '^(torch|triton)==' requirements.txt > build/newest/others.txt
+	build/newest/bin/python -m pip install --quiet -r requirements-newest.txt -r build/newest/others.txt
+	build/newest/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	build/newest/bin/python -m pytest -q
+
+# The sdist and the wheel in dist/, built in isolation; on Linux tagged for as old a system as its symbols allow, of which
+# libtorch_cpu.so is none: torch brings it.
+wheel: $(READY)
+	rm -rf build/dist dist
+	ESAM_KERNELS_NATIVE=require $(BIN)/python -m build --outdir build/dist
+	mkdir -p dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libtorch_cpu.so --wheel-dir dist build/dist/*.whl
+	cp build/dist/*.tar.gz dist
+	for file in build/dist/*.tar.gz; do tar -tzf "$$file"; done
+	for file in dist/*.whl; do $(PYTHON) -m zipfile --list "$$file"; done
+	ls -l dist
+
+# The wheel in fresh environments: WHEEL_TEST="--python 3.12 3.13 --torch 2.15.0"; all that docs/install.md names if empty.
+wheel-test:
+	$(PYTHON) scripts/wheel_test.py dist/*.whl $(WHEEL_TEST)
+
+attack: $(READY)  # exceptions at any instant of a step, for 10 minutes: nothing may be lost; counts in build/attack.json
+	PYTHONPATH=. $(BIN)/python tests/attack.py --minutes 10 --output build/attack.json
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -55,7 +81,7 @@ test-gpu:
 	status=0; \
 	timeout 150 $(PYTHON) -m pytest -q -p no:cacheprovider tests/operators/test_operators.py || status=$$?; \
 	timeout 90 $(PYTHON) -m pytest -q -p no:cacheprovider -m gpu $(shell grep -rl --include=test_*.py mark.gpu tests) || status=$$?; \
-	timeout 180 $(PYTHON) -m benchmarks kernels --device cuda || status=$$?; \
+	timeout 180 $(PYTHON) -m benchmarks operators --device cuda || status=$$?; \
 	exit $$status
 
 # The benchmarks in full on a GPU, with the Python that is there, where test-gpu has built the library; each part ends
@@ -88,8 +114,8 @@ bench-gpu-step-cost-bf16:
 bench-gpu-frontier:
 	$(ON_GPU) frontier $(ON_CIFAR10) --time-budget 500
 
-bench-gpu-kernels:
-	$(ON_GPU) kernels --device cuda
+bench-gpu-operators:
+	$(ON_GPU) operators --device cuda
 
 bench-gpu-memory:
 	$(ON_GPU) memory --device cuda
@@ -108,7 +134,7 @@ sanitize-gpu:
 
 clean:
 	rm -f esam_kernels/ops/libesam_kernels.so esam_kernels/ops/native_build.json
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(READY): requirements.txt pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv .venv

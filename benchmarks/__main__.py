@@ -1,4 +1,4 @@
-"""``python -m benchmarks COMMAND ...`` runs ``benchmarks.COMMAND``."""
+"""``python -m benchmarks COMMAND ...`` runs ``benchmarks.commands.COMMAND``."""
 
 import sys
 from importlib import import_module
@@ -8,7 +8,7 @@ COMMANDS = {
     "train": "accuracy, time and memory of SGD, SAM and ESAM on a whole training",
     "step_cost": "the time of one step and of its passes",
     "frontier": "accuracy against cost over ESAM's options",
-    "kernels": "the operators by themselves, beside foreach and torch.compile",
+    "operators": "the operators by themselves, beside foreach and torch.compile",
     "memory": "peak memory for each option of ESAM",
     "rounding": "what stochastic rounding of the perturbation does to weights in bf16",
     "report": "the results of all of these as a page, as Markdown and in the README",
@@ -18,7 +18,7 @@ COMMANDS = {
 def main(argv: list[str]) -> None:
     """Run the command, or say which there are."""
     if argv and argv[0] in COMMANDS:
-        import_module(f"benchmarks.{argv[0]}").main(argv[1:])
+        import_module(f"benchmarks.commands.{argv[0]}").main(argv[1:])
         return
     lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
     usage = "\n".join(["usage: python -m benchmarks COMMAND [--help]", "", *lines])

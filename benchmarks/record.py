@@ -8,13 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from . import options
-from .environment import environment
+RESULTS = Path(__file__).parent / "results"
+FORMER_NAMES = {"kernels": "operators"}  # of benchmarks
 
 
 def header(benchmark: str, data: str, args: argparse.Namespace) -> dict[str, Any]:
     """What every result begins with: which benchmark it is of, and what is needed to repeat it."""
-    return {"benchmark": benchmark, "data": data, "environment": environment(), "settings": options.as_json(args)}
+    from .measuring.environment import environment  # here, since results are read where there is no torch
+
+    return {"benchmark": benchmark, "data": data, "environment": environment(), "settings": as_json(args)}
+
+
+def as_json(args: argparse.Namespace) -> dict[str, Any]:
+    """The options as they go into a result: all but the paths, which are this machine's own."""
+    return {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
 
 
 def mean_and_std(values: Sequence[float]) -> dict[str, float | None] | None:
@@ -33,4 +40,11 @@ def save(result: dict[str, Any], folder: Path, stem: str) -> None:
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """All results in a folder, by the names of their files less the suffix, in order."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {path.stem: _read(path) for path in sorted(folder.glob("*.json"))}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    result = json.loads(path.read_text())
+    if (name := result.get("benchmark")) in FORMER_NAMES:
+        result["benchmark"] = FORMER_NAMES[name]
+    return result

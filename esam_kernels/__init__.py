@@ -6,11 +6,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .closure import batch_closure
     from .layers import param_groups_by_layer
+    from .losses import token_loss
     from .optimizer import ESAM
+    from .passes.current import current_pass, first_pass
 
-__all__ = ["ESAM", "batch_closure", "param_groups_by_layer"]
+__all__ = [
+    "ESAM",
+    "__version__",
+    "batch_closure",
+    "current_pass",
+    "first_pass",
+    "param_groups_by_layer",
+    "token_loss",
+]
 
-_HOMES = {"ESAM": ".optimizer", "batch_closure": ".closure", "param_groups_by_layer": ".layers"}
+__version__ = "0.1.0"  # read by pyproject.toml, without importing this
+
+_HOMES = {
+    "ESAM": ".optimizer",
+    "batch_closure": ".closure",
+    "current_pass": ".passes.current",
+    "first_pass": ".passes.current",
+    "param_groups_by_layer": ".layers",
+    "token_loss": ".losses",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,18 +2,89 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from .rollback import Rollback
 from .sharding import ShardedModules
+from .warn import warn
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+@dataclass
+class Findings:
+    """What a step finds out for those after it."""
+
+    # The ids of the weights that graphs without reentrant checkpoints did not reach; None before the first search.
+    unreached: set[int] | None = None
+    # The places among all parameters of those that forwards write; None before the first forward.
+    written: list[int] | None = None
+    # Whether the ranks of a sharded model have been found to have the same settings.
+    agreed: bool = False
+    # Whether forwards ask for gradients themselves, as those of physics-informed networks do.
+    forward_needs_graph: bool = False
+    # Whether it has been looked for state that the passes of a step would share.
+    watched: bool = False
+
+
+class WrittenWeights:
+    """Keeps the weights that forwards write, such as those of ``nn.Embedding(max_norm=...)``, for a step that fails.
+
+    In the first step all are kept, until its first pass has shown which are written. Parameters of FSDP2 are not: their
+    forwards write gathered copies of them.
+    """
+
+    def __init__(self, params: Sequence[Tensor], rollback: Rollback, findings: Findings) -> None:
+        self._findings = findings
+        places = range(len(params)) if findings.written is None else findings.written
+        self._params = {i: params[i] for i in places if not is_lazy(params[i])}
+        self._kept = dict(zip(self._params, copy_all([param.data for param in self._params.values()])))
+        if self._params:
+            rollback.undo_by(self.put_back)
+        self.first_pass_begins()
+
+    def put_back(self) -> None:
+        """Undo what forwards have written."""
+        copy_into([self._params[i].data for i in self._kept], list(self._kept.values()))
+
+    def first_pass_begins(self) -> None:
+        """Writes are counted from now on."""
+        if self._findings.written is None:
+            self._versions = {i: param._version for i, param in self._params.items()}
+
+    def first_pass_has_run(self, perturbed: bool = False) -> None:
+        """Find out in the first step which weights its first pass has written, and keep no others.
+
+        Writes through ``.data`` move no version, but change values. On a GPU it would synchronize to see that.
+        """
+        if self._findings.written is not None:
+            return
+        written = [
+            i
+            for i, param in self._params.items()
+            if param._version != self._versions[i]
+            or not (perturbed or not param.is_cpu or torch.equal(param.data, self._kept[i]))
+        ]
+        for i in self._params.keys() - set(written):
+            del self._kept[i]
+        self._findings.written = written
+
+
+class Start(NamedTuple):
+    """What passes begin with: the first two put it back, as often as they are called."""
+
+    buffers: Callable[[], None]
+    random_state: Callable[[], None]
+    written: WrittenWeights
 
 
 class ModelState:
@@ -24,21 +95,72 @@ class ModelState:
         self._modules = list(modules.values())
         self._replicas = [module for module in self._modules if isinstance(module, DistributedDataParallel)]
         self.shards = ShardedModules(self._modules, params)
-        self._params = params
+        self.params = params
+        self._ids = {id(param) for param in params}
         self._devices = sorted({param.device for param in params} - {torch.device("cpu")}, key=str)
 
-    def keep(self, rollback: Rollback) -> Callable[[], None]:
-        """Register buffers, random state and sharding to be put back if the step fails.
+    @property
+    def trains_batch_norm(self) -> bool:
+        """Whether a batch norm takes its statistics from the batch, which needs two rows."""
+        return any(
+            isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+            for module in self._modules
+        )
 
-        Returns:
-            The function that replays the random state.
+    def keep(self, rollback: Rollback, findings: Findings, several: bool) -> Start:
+        """Keep all that passes must not disturb, and register it to be put back if the step fails.
+
+        Args:
+            rollback: the step's.
+            findings: of the steps before.
+            several: whether several passes follow, of which the first begin with rank 0's buffers, as a forward of
+                ``DistributedDataParallel`` does.
         """
         rollback.undo_by(self.forget_weight_copies)
         rollback.undo_by(self.shards.abandon)
-        rollback.undo_by(self.keep_buffers())
-        replay = self.keep_random_state()
-        rollback.undo_by(replay)
-        return replay
+        buffers, random_state = self.keep_buffers(), self.keep_random_state()
+        rollback.undo_by(buffers)
+        rollback.undo_by(random_state)
+        sending = [one for one in self._replicas if one._check_sync_bufs_pre_fwd()] if several else []
+        for replica in sending:
+            replica._sync_buffers()
+        if sending:
+            buffers = self.keep_buffers()
+        return Start(buffers, random_state, WrittenWeights(() if self.shards else self.params, rollback, findings))
+
+    def watch(self, findings: Findings) -> Callable[[], None]:
+        """In the first step, look for tensors outside of buffers that a forward writes; a warning says which.
+
+        Returns:
+            The function to call when the first pass has run.
+        """
+        if findings.watched or self.shards:
+            return lambda: None
+        tensors = {
+            f"{type(module).__name__}.{name}": tensor
+            for module in self._modules
+            for name, tensor in (*vars(module).items(), *self._foreign_parameters(module))
+            if isinstance(tensor, Tensor) and not is_lazy(tensor) and not tensor.is_inference()
+        }
+        versions = {name: tensor._version for name, tensor in tensors.items()}
+
+        def first_pass_has_run() -> None:
+            findings.watched = True
+            written = sorted(name for name, tensor in tensors.items() if tensor._version != versions[name])
+            if written:
+                warn(
+                    f"forwards write {', '.join(written)}, outside of buffers: each pass of a step does so. Make it a "
+                    "buffer, which every pass then finds as it was before the step, or update it only if "
+                    "esam_kernels.current_pass() in (None, esam_kernels.first_pass())"
+                )
+
+        return first_pass_has_run
+
+    def _foreign_parameters(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """The module's own parameters that the optimizer does not have, such as a momentum encoder's."""
+        for name, param in module._parameters.items():
+            if param is not None and id(param) not in self._ids:
+                yield name, param
 
     def keep_buffers(self) -> Callable[[], None]:
         """Keep every buffer and its value; the function that is returned puts them back.
@@ -48,14 +170,14 @@ class ModelState:
         """
         kept = [
             # What was made under inference_mode cannot be written: a copy takes its place.
-            (module, name, buffer.clone() if buffer is not None and buffer.is_inference() else buffer)
+            (module, name, buffer.clone() if buffer is not None and _is_inference(buffer) else buffer)
             for module in self._modules
             for name, buffer in module._buffers.items()
         ]
-        # Nothing can write into a buffer whose elements share memory (an expanded constant): it needs no copy. One that
-        # is None may be made by the next forward.
-        written = [buffer for _, _, buffer in kept if buffer is not None and not _overlaps(buffer)]
+        buffers = [buffer for _, _, buffer in kept if buffer is not None and not is_lazy(buffer)]
+        written = [buffer for buffer in buffers if _is_plain(buffer)]
         values = copy_all(written)
+        special = [(buffer, buffer.clone()) for buffer in buffers if not _is_plain(buffer) and _can_be_written(buffer)]
 
         @torch.no_grad()
         def put_back() -> None:
@@ -65,8 +187,9 @@ class ModelState:
             for buffer, value in zip(written, values):
                 if buffer.shape != value.shape:  # as observers do
                     buffer.resize_(value.shape)
-            for group, copies in zip(_by_dtype(written), _by_dtype(values)):
-                torch._foreach_copy_(group, copies)
+            copy_into(written, values)
+            for buffer, value in special:
+                buffer.copy_(value)
 
         return put_back
 
@@ -95,9 +218,6 @@ class ModelState:
     def bypass_replicas(self, rollback: Rollback) -> Callable[[], None]:
         """Call what ``DistributedDataParallel`` wraps directly, for passes whose gradients are not reduced.
 
-        Only the buffers are sent, as in a forward of its own: pass 1 begins with rank 0's, so that a step leaves on
-        every rank the buffers that a plain step would.
-
         Returns:
             The function that puts the wrappers back.
         """
@@ -108,8 +228,6 @@ class ModelState:
 
         rollback.undo_by(put_back)
         for replica in self._replicas:
-            if replica._check_sync_bufs_pre_fwd():
-                replica._sync_buffers()
             # An instance attribute hides the class's forward; not set through Module, which would register the module.
             vars(replica)["forward"] = replica.module.__call__
         return put_back
@@ -122,7 +240,7 @@ class ModelState:
 
     def low_precision(self, function: Callable[P, R], dtype: torch.dtype) -> Callable[P, R]:
         """The same function under autocast to ``dtype`` on the parameters' types of devices."""
-        for device_type in sorted({param.device.type for param in self._params}):
+        for device_type in sorted({param.device.type for param in self.params}):
             function = torch.autocast(device_type, dtype)(function)
         return function
 
@@ -130,7 +248,27 @@ class ModelState:
         """What this rank alone has added up ``without_gradient_sync``."""
         if self.shards:
             return self.shards.accumulated()
-        return [param.grad for param in self._params if param.grad is not None]
+        return [param.grad for param in self.params if param.grad is not None]
+
+    def watch_gradients(self) -> Callable[[], None]:
+        """Before a call of a closure; the function that is returned, called after it, refuses what it did to gradients.
+
+        It raises a RuntimeError.
+        """
+        if self.shards:  # whose gradients are elsewhere until they are reduced
+            return lambda: None
+        grads = self.unsynchronized_gradients()
+        version = grads[0]._version if grads else 0
+
+        def unchanged() -> None:
+            found = self.unsynchronized_gradients()
+            if len(found) != len(grads) or (grads and (found[0] is not grads[0] or grads[0]._version != version)):
+                raise RuntimeError(
+                    "a closure has changed the gradients in .grad: it returns losses, and leaves backward() and "
+                    "zero_grad() to the optimizer, also model.zero_grad(), which would lose earlier micro-batches"
+                )
+
+        return unchanged
 
     def forget_weight_copies(self) -> None:
         """Give up copies of the weights, which survive in-place changes of the weights themselves.
@@ -145,9 +283,15 @@ class ModelState:
 def copy_all(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of tensors of any dtypes, in few launches."""
     copies = [torch.empty_like(tensor) for tensor in tensors]
-    for group, copied in zip(_by_dtype(tensors), _by_dtype(copies)):
-        torch._foreach_copy_(copied, group)
+    copy_into(copies, tensors)
     return copies
+
+
+@torch.no_grad()
+def copy_into(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Overwrite tensors of any dtypes, in few launches."""
+    for group, copies in zip(_by_dtype(tensors), _by_dtype(values)):
+        torch._foreach_copy_(group, copies)
 
 
 def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -158,10 +302,22 @@ def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return list(groups.values())
 
 
-def _overlaps(tensor: Tensor) -> bool:
-    if tensor.layout != torch.strided:
-        return True
-    # Asked first since it is so of almost all, and takes a tenth of the time.
-    if tensor.is_contiguous():
+def _is_inference(buffer: Tensor) -> bool:
+    return not is_lazy(buffer) and buffer.is_inference()
+
+
+def _is_plain(buffer: Tensor) -> bool:
+    """Whether foreach operations take it."""
+    if buffer.layout != torch.strided or buffer.is_nested or buffer.is_conj() or buffer.is_neg():
         return False
-    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape))
+    # Asked first since it is so of almost all, and takes a tenth of the time.
+    return buffer.is_contiguous() or not _repeats_elements(buffer)
+
+
+def _can_be_written(buffer: Tensor) -> bool:
+    """Whether an operation can write into it: not into an expanded constant, whose elements share memory."""
+    return buffer.layout != torch.strided or buffer.is_nested or not _repeats_elements(buffer)
+
+
+def _repeats_elements(buffer: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape))

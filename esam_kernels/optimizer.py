@@ -1,24 +1,47 @@
 """ESAM as a ``torch.optim.Optimizer``: parameter groups, state, and the two halves of a step."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from . import options, sharpness
-from .base import check_ascent, check_params, check_storage, make_base, of_base, params_of
+from .base import check_ascent, check_params, check_storage, keep_contents, make_base, of_base, params_of, storage_of
 from .closure import Closure
-from .model_state import ModelState
+from .model_state import Findings, ModelState
 from .options import OPTIONS, STEP, STORED
 from .passes.ascend import Ascent, check_gradient
 from .passes.draw import drawn
 from .passes.perturb import Perturbation, perturb
 from .passes.sources import copy_gradients, keep_gradients
 from .rollback import Rollback
-from .step import Findings, Step, Weight
+from .sharding import check_same_on_ranks, is_sharded
+from .step import Step, Weight
+from .warn import warn
+
+# No part of a step is traced by torch.compile, which would lose what happens between tensors and optimizer: whoever
+# compiles a whole training step gets a graph break there. Models compiled by themselves stay so.
+eager = torch.compiler.disable
+
+
+def _registers_for_owner(name: str) -> Any:
+    """The base optimizer's method of that name, whose hooks get the ESAM that they were registered on."""
+
+    @wraps(getattr(torch.optim.Optimizer, name))
+    def register(self: "ESAM", hook: Callable[..., Any], *args: Any, **kwargs: Any) -> RemovableHandle:
+        return getattr(self.base, name)(partial(_call_for_owner, self, hook), *args, **kwargs)
+
+    return register
+
+
+def _call_for_owner(owner: "ESAM", hook: Callable[..., Any], _base: torch.optim.Optimizer, *args: Any) -> Any:
+    return hook(owner, *args)
 
 
 @dataclass
@@ -32,6 +55,9 @@ class _Progress:
     perturbation: Perturbation | None = None  # between first_step() and second_step()
     has_gradient: bool = False  # between backward() and step()
     findings: Findings = field(default_factory=Findings)  # of the steps before
+    storage: list[int] = field(default_factory=list)  # where the parameters lay when they were checked last
+    scaler_states: Any = None  # of the grad scaler of the last backward(), which makes new ones in its update()
+    warned: set[str] = field(default_factory=set)
 
 
 class ESAM(torch.optim.Optimizer):
@@ -85,7 +111,7 @@ class ESAM(torch.optim.Optimizer):
         check_ascent(base, shared.ascent, [group for group, one in zip(base.param_groups, own) if one.rho > 0])
         check_params(base.param_groups)
         check_storage(params_of(base.param_groups))
-        self.base = base
+        self.base: torch.optim.Optimizer = base
         self.model = model
         self._keys = keys
         self._progress = _Progress()
@@ -93,7 +119,14 @@ class ESAM(torch.optim.Optimizer):
         for group, own_settings in zip(base.param_groups, groups):
             group.update(own_settings)
 
-    # One truth: the base optimizer's.
+    # One truth: the base optimizer's, whose hooks are called with this optimizer.
+
+    register_step_pre_hook = _registers_for_owner("register_step_pre_hook")
+    register_step_post_hook = _registers_for_owner("register_step_post_hook")
+    register_state_dict_pre_hook = _registers_for_owner("register_state_dict_pre_hook")
+    register_state_dict_post_hook = _registers_for_owner("register_state_dict_post_hook")
+    register_load_state_dict_pre_hook = _registers_for_owner("register_load_state_dict_pre_hook")
+    register_load_state_dict_post_hook = _registers_for_owner("register_load_state_dict_post_hook")
 
     param_groups = of_base("param_groups")
     state = of_base("state")
@@ -118,6 +151,7 @@ class ESAM(torch.optim.Optimizer):
     def __repr__(self) -> str:
         return f"ESAM({self.base!r})"
 
+    @eager
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict, with ESAM's settings and step count in its parameter groups.
 
@@ -125,22 +159,36 @@ class ESAM(torch.optim.Optimizer):
             RuntimeError: during ``backward``, and between ``first_step`` and ``second_step``.
         """
         self._require_idle("state_dict()")
+        options.make_plain(self.param_groups, self._keys)
         return self.base.state_dict()
 
+    @eager
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of ESAM's or of the base optimizer's; settings that it lacks stay as they are.
 
+        Where it is refused, by ESAM or by the base optimizer, groups and state stay as they were.
+
         Raises:
+            ValueError: if a setting in it is out of its range, or may not differ between groups.
             RuntimeError: during ``backward``, and between ``first_step`` and ``second_step``.
         """
         self._require_idle("load_state_dict()")
         before = [{key: group[key] for key in self._keys.values()} for group in self.param_groups]
-        self.base.load_state_dict(state_dict)
-        self._progress.has_gradient = False
+        # Before the base optimizer sees it, since not all of them change groups and state at their very end.
+        options.read([{**own, **group} for own, group in zip(before, state_dict["param_groups"])], self._keys)
+        put_back = keep_contents(self.base)
+        try:
+            self.base.load_state_dict(state_dict)
+        except BaseException:
+            put_back()
+            raise
         for group, settings in zip(self.param_groups, before):
             for key, value in settings.items():
                 group.setdefault(key, value)
+        options.make_plain(self.param_groups, self._keys)
+        self._progress.has_gradient = False
 
+    @eager
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; it may have its own ``rho`` and ``adaptive``.
 
@@ -159,6 +207,7 @@ class ESAM(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    @eager
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of all parameters, as the base optimizer does.
 
@@ -175,6 +224,7 @@ class ESAM(torch.optim.Optimizer):
 
     # A step: a sharpness-aware backward, and an ordinary step.
 
+    @eager
     def backward(self, closure: Closure | Sequence[Closure], grad_scaler: torch.amp.GradScaler | None = None) -> Tensor:
         """Put the sharpness-aware gradient into ``.grad``, in place of what is there; the weights stay as they are.
 
@@ -186,7 +236,9 @@ class ESAM(torch.optim.Optimizer):
                 all of them) with their graph: one per sample, shape [b], or (losses, weights) of shape [b] each, of
                 which weighted means are taken. ``batch_closure`` makes one, which knows how many rows it has; where
                 rows are drawn before a pass has told that, one written by hand costs a forward more. A list of
-                closures is a list of micro-batches, whose gradients add up to that of one batch.
+                closures is a list of micro-batches, whose gradients add up to that of one batch. With ``gamma=1`` and
+                ``ascent_share=1`` one loss will do, a 0-dimensional tensor, or a mapping or an object that has it as
+                ``loss``; micro-batches then weigh alike, or by what comes with it as (loss, weight).
             grad_scaler: scales the losses; ``unscale_``, ``step`` and ``update`` are called on it as always.
 
         Returns:
@@ -197,20 +249,22 @@ class ESAM(torch.optim.Optimizer):
             first. With a ``steering_dtype`` it is of low precision if other passes follow. It is this rank's.
 
         Raises:
-            TypeError: if a closure cannot be called with an index, or returns no tensor.
+            TypeError: if a closure cannot be called with an index, or returns no tensor; or ``grad_scaler`` is none.
             ValueError: if a closure returns anything but one loss per sample, a setting is out of its range, or a
                 parameter to be perturbed has a sparse gradient.
             RuntimeError: during another ``backward``, between ``first_step`` and ``second_step``, and where gradients
                 are disabled.
         """
         self._require_idle("backward()")
+        _check_scaler(grad_scaler)
         if not torch.is_grad_enabled():
             raise RuntimeError("backward() was called under torch.no_grad() or inference_mode(): call it outside")
         closures = _check_closures(closure)
+        self._warn_of_lost_gradient(grad_scaler)
         rollback = Rollback()
         step = self._make_step(rollback, closures, grad_scaler)
-        try:
-            rollback.open()
+
+        def work() -> Tensor:
             rollback.undo_by(lambda: self._reset(step.number))
             self._progress.phase = "backward()"
             self.base.zero_grad()
@@ -218,16 +272,17 @@ class ESAM(torch.optim.Optimizer):
             self._set_step_count(step.number + 1)
             self._progress.phase = ""
             self._progress.has_gradient = True
-            rollback.close()
             return loss
-        except BaseException as error:
-            rollback.roll_back(error)
-            raise
 
+        return rollback.run(work)
+
+    @eager
     def step(self, closure: Any = None) -> Any:
         """Take the base optimizer's step with the gradients in ``.grad``; with a closure, ``backward(closure)`` first.
 
-        Ctrl-C and SIGTERM wait for the base optimizer, which would otherwise leave some weights updated and some not.
+        Signals wait for the base optimizer, which would otherwise leave some weights updated and some not. An exception
+        from another thread does not wait: where one may come, keep a checkpoint.
+
         Trainers such as Lightning give a closure without an index, which runs hooks: after ``backward`` it is called.
 
         Returns:
@@ -239,21 +294,21 @@ class ESAM(torch.optim.Optimizer):
             closure()
         elif closure is not None:
             loss = self.backward(closure)
-        signals = Rollback()  # with nothing to undo: they come before the base optimizer's step, or after it
-        try:
-            signals.open()
+        elif not self._progress.has_gradient:
+            self._warn_of_plain_step()
+
+        def work() -> None:  # nothing to undo, but signals come before the base optimizer's step, or after it
             copies = self._gradients_to_keep()
             self.base.step()
             keep_gradients(self.state, copies)
             self._progress.has_gradient = False
-            signals.close()
-        except BaseException as error:
-            signals.roll_back(error)
-            raise
+
+        Rollback().run(work)
         return loss
 
     # The two halves of a step as in davda54/sam, for code that is written so.
 
+    @eager
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturb the weights by the gradients in ``.grad``, of which beta keeps a part.
 
@@ -277,8 +332,8 @@ class ESAM(torch.optim.Optimizer):
                 )
         if all(param.grad is None for param in params_of(self.param_groups)):
             raise RuntimeError("first_step() found no gradients: call loss.backward() before it")
-        try:
-            rollback.open()
+
+        def work() -> None:
             rollback.undo_by(lambda: setattr(self._progress, "perturbation", None))
             weights = drawn(step)
             grads = [weight.param.grad for weight in weights]
@@ -286,13 +341,12 @@ class ESAM(torch.optim.Optimizer):
                 check_gradient(weight, grad)
             self._progress.perturbation = perturb(step, Ascent(weights, grads))
             step.model_state.forget_weight_copies()
-            rollback.close()
             if zero_grad:
-                self.zero_grad()
-        except BaseException as error:
-            rollback.roll_back(error)
-            raise
+                self.base.zero_grad()
 
+        rollback.run(work)
+
+    @eager
     def second_step(self, zero_grad: bool = False) -> None:
         """Put the weights back and take the base optimizer's step with the gradients in ``.grad``.
 
@@ -300,22 +354,32 @@ class ESAM(torch.optim.Optimizer):
             RuntimeError: if ``first_step`` was not called before.
         """
         self.restore()
-        self._set_step_count(self._step_count + 1)
+        self._progress.has_gradient = True
         self.step()
         if zero_grad:
             self.zero_grad()
 
+    @eager
     def restore(self) -> None:
         """Put the weights back after ``first_step`` without a step, bit for bit.
+
+        The step counts as made, as that of ``backward`` does, whether or not ``step`` follows: the next ``first_step``
+        draws anew. ``restore()`` and ``step()`` are ``second_step()`` in two, between which gradients can be unscaled.
 
         Raises:
             RuntimeError: if ``first_step`` was not called before.
         """
         if self._progress.perturbation is None:
             raise RuntimeError("there is nothing to restore: call first_step() before second_step() or restore()")
-        self._progress.perturbation.restore()
-        self._progress.perturbation = None
-        self._model_state().forget_weight_copies()
+        perturbation = self._progress.perturbation
+
+        def work() -> None:
+            perturbation.restore()
+            self._model_state().forget_weight_copies()
+            self._progress.perturbation = None
+
+        Rollback().run(work)
+        self._set_step_count(self._step_count + 1)
 
     # What stands in the parameter groups.
 
@@ -341,16 +405,28 @@ class ESAM(torch.optim.Optimizer):
     ) -> Step:
         """The step that comes next, with the settings as they stand in the groups now, checked."""
         settings, own = options.read(self.param_groups, self._keys)
+        options.make_plain(self.param_groups, self._keys)
         check_params(self.param_groups)
-        perturbed = [group for group, group_settings in zip(self.param_groups, own) if group_settings.rho > 0]
-        check_ascent(self.base, settings.ascent, perturbed)
+        params = params_of(self.param_groups)
+        storage = storage_of(params)
+        if storage != self._progress.storage:  # somebody gave a parameter other memory
+            check_storage(params)
+            self._progress.storage = storage
+        sharp = [group for group, one in zip(self.param_groups, own) if one.rho > 0]
+        check_ascent(self.base, settings.ascent, sharp)
         weights, tensor_id = [], 0
         for group, group_settings in zip(self.param_groups, own):
             for param in group["params"]:
-                if group_settings.rho > 0 and param.requires_grad:
+                # A lazy layer's weights are perturbed from the step on that follows their first forward.
+                if group_settings.rho > 0 and param.requires_grad and not is_lazy(param):
                     weights.append(Weight(param, tensor_id, group_settings))
                 tensor_id += 1
         model_state, findings = self._model_state(closures), self._progress.findings
+        if model_state.shards and not findings.agreed:
+            values = {name: [group[key] for group in self.param_groups] for name, key in self._keys.items()}
+            values = {name: of_groups if STORED[name].per_group else of_groups[0] for name, of_groups in values.items()}
+            check_same_on_ranks(values, [param for param in params_of(self.param_groups) if is_sharded(param)])
+            findings.agreed = True
         return Step(
             self._step_count, settings, weights, closures, model_state, rollback, self.state, findings, grad_scaler
         )
@@ -363,9 +439,39 @@ class ESAM(torch.optim.Optimizer):
         return copy_gradients(params_of(groups), self.state)
 
     def _model_state(self, closures: Sequence[Closure] = ()) -> ModelState:
-        models = [self.model, *(getattr(closure, "model", None) for closure in closures)]
+        models = [self.model, *(getattr(one, name, None) for one in closures for name in ("model", "loss_fn"))]
         # A closure written by hand may call anything its model.
         return ModelState([model for model in models if isinstance(model, nn.Module)], params_of(self.param_groups))
+
+    def _warn_of_plain_step(self) -> None:
+        # What does not move, as the step by which torch.distributed.checkpoint makes the state, means nothing else.
+        groups = [group for group in self.param_groups if group[self._keys["rho"]] > 0 and group.get("lr", 1) != 0]
+        sharp = params_of(groups)
+        if any(param.grad is not None for param in sharp):
+            self._warn_once(
+                "plain step",
+                "step() takes a plain step of the base optimizer, since no backward() of ESAM came before it: call "
+                "optimizer.backward(batch_closure(model, loss_fn, inputs, targets)) in place of loss.backward(), or "
+                "set rho=0 to mean it",
+            )
+
+    def _warn_of_lost_gradient(self, grad_scaler: torch.amp.GradScaler | None) -> None:
+        states = getattr(grad_scaler, "_per_optimizer_states", None)
+        # A scaler that found an overflow has left step() out, and has been updated since.
+        stepped = states is not None and states is not self._progress.scaler_states
+        left = self._progress.has_gradient and not stepped
+        if left and any(param.grad is not None for param in params_of(self.param_groups)):
+            self._warn_once(
+                "lost gradient",
+                "backward() replaces the gradient of the backward() before it, with which no step was taken: to "
+                "accumulate micro-batches give it all of their closures in one list, or call zero_grad() to drop it",
+            )
+        self._progress.scaler_states = states
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._progress.warned:
+            self._progress.warned.add(what)
+            warn(message)
 
     def _require_idle(self, action: str) -> None:
         if self._progress.phase:
@@ -394,6 +500,11 @@ def _check_closures(closure: Closure | Sequence[Closure]) -> list[Closure]:
                 "index (None: all of them), or use batch_closure"
             )
     return closures
+
+
+def _check_scaler(scaler: Any) -> None:
+    if scaler is not None and not (callable(getattr(scaler, "scale", None)) and hasattr(scaler, "is_enabled")):
+        raise TypeError(f"grad_scaler is {scaler!r}: give the GradScaler that is stepped, or None")
 
 
 def _takes_no_index(closure: Any) -> bool:

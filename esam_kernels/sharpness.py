@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .closure import BatchClosure
 from .passes.ascend import Ascent, ascend, check_gradient, check_reached
+from .passes.current import enter, leave
 from .passes.descend import descend
 from .passes.evaluate import mean
 from .passes.perturb import perturb, restore
@@ -31,8 +32,12 @@ def backward(step: Step) -> Tensor:
 
 def plain_backward(step: Step) -> Tensor:
     """The base optimizer's own gradient, at w on the whole batch."""
-    step.model_state.keep(step.rollback)
-    return mean(descend(step, [None] * len(step.closures)))
+    start = step.model_state.keep(step.rollback, step.findings, several=False)
+    enter(step, "descend")
+    losses = descend(step, [None] * len(step.closures))
+    start.written.first_pass_has_run()
+    leave()
+    return mean(losses)
 
 
 def sharp_backward(step: Step) -> Tensor:
@@ -44,25 +49,47 @@ def sharp_backward(step: Step) -> Tensor:
             "gather the sharded weights for it: set select_over='micro_batch'"
         )
     todo = passes(settings, all(isinstance(closure, BatchClosure) for closure in step.closures))
-    replay_random_state = state.keep(step.rollback)
-    use_replicas = state.bypass_replicas(step.rollback) if len(todo) > 1 else None
+    several = len(todo) > 1
+    start = state.keep(step.rollback, step.findings, several)
+    use_replicas = state.bypass_replicas(step.rollback) if several else None
+    watched = state.watch(step.findings)
+    put_back_buffers: Callable[[], None] | None = None  # to what the first of several forwards has left
 
-    surveyed = look(step) if "survey" in todo else []
-    put_back_buffers = state.keep_buffers() if surveyed else None  # to what the first forward of several has left
-    ascent = ascend(step, surveyed) if "ascend" in todo else WITHOUT_PASS[settings.ascent](step)
-    if "ascend" in todo and not surveyed:
+    surveyed = []
+    if "survey" in todo:
+        enter(step, "survey")
+        surveyed = look(step, start)
         put_back_buffers = state.keep_buffers()
+    if "ascend" in todo:
+        enter(step, "ascend")
+        if surveyed:
+            start.buffers()
+        ascent = ascend(step, surveyed)
+        put_back_buffers = put_back_buffers or state.keep_buffers()
+    else:
+        ascent = WITHOUT_PASS[settings.ascent](step)
+    if several:
+        start.written.first_pass_has_run()
+        watched()
     before = surveyed or (ascent.losses if settings.ascent_share == 1 else [])  # of all rows at w, if they are known
     perturbation = perturb(step, ascent)
+    if not several:
+        start.written.first_pass_begins()
 
     after = []
     if "look" in todo:
-        replay_random_state()  # what drops out is what the first pass dropped
-        after = look(step, before)
+        enter(step, "look")
+        after = look(step, start, before)
     if use_replicas is not None:
         use_replicas()
     rows = select(step, before, after)
+
+    enter(step, "descend")
+    if several:
+        start.buffers()
     descended = descend(step, rows, before, perturbation.norm)
+    if not several:
+        start.written.first_pass_has_run(perturbed=True)
     for weight in step.weights:  # the drawn ones were checked in pass 1; what is refused must not depend on the draw
         check_gradient(weight, weight.param.grad)
     check_reached(step, ascent)
@@ -70,4 +97,5 @@ def sharp_backward(step: Step) -> Tensor:
     restore(step, perturbation)
     if put_back_buffers is not None:
         put_back_buffers()
+    leave()
     return mean(surveyed or ascent.losses or descended)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .closure import Closure
-from .model_state import ModelState
+from .model_state import Findings, ModelState
 from .options import GroupSettings, Settings
 from .rollback import Rollback
 
@@ -20,14 +20,6 @@ class Weight:
     param: Tensor
     tensor_id: int  # its place among all parameters of the optimizer, as in the state dict
     settings: GroupSettings
-
-
-@dataclass
-class Findings:
-    """What a step finds out for those after it."""
-
-    # The ids of the weights that graphs without reentrant checkpoints did not reach; None before the first search.
-    unreached: set[int] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 setup.py builds them; what it could not build, and why, it leaves in a file beside the library, for `unsupported`.
 """
 
+import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +16,8 @@ from torch._C import _increment_version
 from .reference import ElementMask, as_params_lie, compute_dtype, is_dense
 
 _LIBRARY = Path(__file__).with_name("libesam_kernels.so")
-_BUILD_REPORT = Path(__file__).with_name("native_build.json")
+_BUILD_RECORD = Path(__file__).with_name("native_build.json")
+_DEVICES = ("cpu", "cuda")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _ops = torch.ops.esam_kernels
@@ -22,22 +25,44 @@ _ops = torch.ops.esam_kernels
 
 def _load() -> dict[str, str]:
     """Load the library; for each device type that it has no operators for, why."""
-    devices = ("cpu", "cuda")
-    if not _BUILD_REPORT.exists():
-        return dict.fromkeys(devices, "not built: install with `pip install --no-build-isolation`")
-    missing = json.loads(_BUILD_REPORT.read_text())
-    if "cpu" in missing:
-        return missing
+    if not _BUILD_RECORD.exists():
+        return dict.fromkeys(_DEVICES, "not built: install the package with pip, or run `setup.py build_ext --inplace`")
     try:
-        torch.ops.load_library(_LIBRARY)
-    except OSError as error:
-        return dict.fromkeys(devices, f"built but not loadable: {error}")
+        missing, digest = _read_record()
+        if "cpu" not in missing:
+            _load_library(digest)
+    except Exception as error:  # whatever is wrong with these two files, the other backends work
+        why = f"built but not loadable: {error}"
+        warnings.warn(
+            f"esam_kernels' native operators are {why}; another backend serves instead. Install the package again",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return dict.fromkeys(_DEVICES, why)
+    return missing
+
+
+def _read_record() -> tuple[dict[str, str], str | None]:
+    """What setup.py wrote: for each device type without operators the reason, and the library's digest."""
+    try:
+        record = json.loads(_BUILD_RECORD.read_text())
+    except ValueError as error:
+        raise RuntimeError(f"{_BUILD_RECORD.name} is damaged ({error})") from error
+    if not isinstance(record, dict) or not all(isinstance(value, str) for value in record.values()):
+        raise RuntimeError(f"{_BUILD_RECORD.name} is damaged (it holds {record!r})")
+    return {device: record[device] for device in _DEVICES if device in record}, record.get("sha256")
+
+
+def _load_library(digest: str | None) -> None:
+    # To load half a library can kill the process, so it is compared first.
+    if digest is not None and hashlib.sha256(_LIBRARY.read_bytes()).hexdigest() != digest:
+        raise RuntimeError(f"{_LIBRARY.name} is damaged (it is not the one that was built)")
+    torch.ops.load_library(_LIBRARY)
     torch.library.register_fake("esam_kernels::squared_norm", _norm_fake)
     torch.library.register_fake("esam_kernels::perturb_", lambda *_: None)
     torch.library.register_fake("esam_kernels::norm_and_perturb_", _norm_fake)
     torch.library.register_fake("esam_kernels::restore_", lambda *_: None)
     torch.library.register_fake("esam_kernels::select_top", lambda before, _, k: before.new_empty(k, dtype=torch.int64))
-    return missing
 
 
 def _norm_fake(params: Sequence[Tensor], *_: object) -> Tensor:
@@ -51,7 +76,7 @@ _MISSING = _load()
 def unsupported(tensor: Tensor) -> str | None:
     """Why these operators do not take a weight like ``tensor``, or None if they do."""
     device = "cpu" if tensor.is_cpu else tensor.device.type  # is_cpu is the quicker question
-    if device not in ("cpu", "cuda"):
+    if device not in _DEVICES:
         return f"there are no operators for {device}"
     if device in _MISSING:
         return _MISSING[device]

@@ -1,8 +1,8 @@
 """Pass 1: the losses at w, and the gradient of the drawn weights, along which they are perturbed."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +11,12 @@ from .. import ops
 from ..ops.reference import ASCENT_STREAM
 from ..options import count_of
 from ..step import Step, Weight
+from ..warn import warn
 from .descend import accumulate, loss_scale
 from .draw import drawn, random_scores
 from .evaluate import MicroBatch, divisor, steered
-from .select import extents
+from .partial_gradients import needed_edges
+from .select import at_least, extents
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,16 @@ def ascend(step: Step, before: Sequence[MicroBatch]) -> Ascent:
 
 
 def ascent_rows(step: Step, before: Sequence[MicroBatch]) -> list[Tensor | None]:
-    """For each micro-batch the rows that pass 1 runs on, ascending; None for all of them."""
+    """For each micro-batch the rows that pass 1 runs on, ascending; None for all of them.
+
+    At least two where a batch norm takes its statistics from them, which it cannot from one.
+    """
     share = step.settings.ascent_share
     if share == 1:
         return [None] * len(step.closures)
     scores = [random_scores(step, ASCENT_STREAM, i, *extent) for i, extent in enumerate(extents(step, before))]
-    return [ops.select_top(torch.zeros_like(x), x, count_of(share, len(x))) for x in scores]
+    counts = [at_least(step, count_of(share, len(x)), len(x)) for x in scores]
+    return [ops.select_top(torch.zeros_like(x), x, k) for x, k in zip(scores, counts)]
 
 
 def ascend_on_replica(
@@ -72,13 +78,17 @@ def ascend_on_replica(
     losses: list[MicroBatch] = []
     grads: list[Tensor | None] = [None] * len(params)
     for closure, index in zip(step.closures, rows):
+        unchanged = step.model_state.watch_gradients()
         micro_batch = evaluate(step, closure, index)
+        unchanged()
         losses.append(micro_batch.detach())
         loss = scale(micro_batch.weighted_sum / divisor(losses[0].total_weight))
         # Not backward(): that would fill .grad, fire the hooks on it, and compute the gradients of all weights.
+        asked: list[Any] = [*params, *needed_edges(loss, params)]
         found: list[Tensor | None] = list(
-            step.rollback.interruptible(torch.autograd.grad, loss, params, allow_unused=True)
+            step.rollback.interruptible(torch.autograd.grad, loss, asked, allow_unused=True)
         )
+        del asked, found[len(params) :]  # edges hold the graph
         refuse_reentrant_checkpoints(step, loss, {w.tensor_id for w, grad in zip(weights, found) if grad is None})
         for i, (total, grad) in enumerate(zip(grads, found)):
             # Not in place: autograd may return one tensor for two parameters, or a view that repeats an element.
@@ -134,7 +144,7 @@ def check_reached(step: Step, ascent: Ascent) -> None:
     )
     if len(ascent.unreached) == len(ascent.weights) and step.settings.ascent_share == 1:
         raise RuntimeError(message)
-    warnings.warn(message, stacklevel=2)
+    warn(message)
 
 
 def refuse_reentrant_checkpoints(step: Step, loss: Tensor, unreached: set[int]) -> None:

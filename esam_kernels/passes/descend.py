@@ -9,6 +9,7 @@ from torch import Tensor
 from ..closure import Closure
 from ..step import Step
 from .evaluate import MicroBatch, divisor, evaluate
+from .partial_gradients import guard_group_norms
 
 Scale = Callable[[Tensor], Tensor]
 
@@ -51,7 +52,9 @@ def accumulate(
 
     def add(closure: Closure, index: Tensor | None) -> None:
         seen = sum(one.total_weight for one in done)
+        unchanged = state.watch_gradients()
         micro_batch = evaluate(step, closure, index, graph=graph)
+        unchanged()
         weight = total
         if weight is None:  # how much is still to come: what is there becomes a running mean
             weight = seen + micro_batch.total_weight
@@ -60,6 +63,7 @@ def accumulate(
                 torch._foreach_mul_(grads, seen / divisor(weight))
         loss = scale(micro_batch.weighted_sum / divisor(weight))
         if loss.requires_grad:
+            guard_group_norms(loss, state.params)
             step.rollback.interruptible(loss.backward)
         done.append(micro_batch.detach())
 

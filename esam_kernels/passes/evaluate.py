@@ -1,16 +1,18 @@
 """One call of a closure, checked: the losses of a micro-batch, or of some of its rows."""
 
 import platform
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..closure import Closure
+from ..schedule import draws_rows
 from ..step import Step
+from ..warn import warn
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ class MicroBatch:
         return MicroBatch(self.losses.index_select(0, index), weights)
 
     def detach(self) -> "MicroBatch":
-        """The same without the graph."""
-        return MicroBatch(self.losses.detach(), self.sample_weights)
+        """The same without the graph, in memory of its own: losses may be views of weights, which are about to move."""
+        weights = None if self.sample_weights is None else self.sample_weights.clone()
+        return MicroBatch(self.losses.detach().clone(), weights)
 
 
 def mean(micro_batches: Sequence[MicroBatch]) -> Tensor:
@@ -67,10 +70,9 @@ def steered(step: Step) -> Callable[..., MicroBatch]:
 def warn_if_bf16_is_slow() -> None:
     """Say once that steering in bf16 costs time here rather than saving it, where that can be known."""
     if cpu_has_bf16_units() is False:
-        warnings.warn(
+        warn(
             "steering_dtype = 'bfloat16' on a CPU without bf16 units (AMX, AVX512-BF16) is slower than float32, by "
-            "several times for convolutions: leave it out on this machine",
-            stacklevel=2,
+            "several times for convolutions: leave it out on this machine"
         )
 
 
@@ -80,6 +82,13 @@ def cpu_has_bf16_units() -> bool | None:
     if platform.machine().lower() not in ("x86_64", "amd64") or not all(hasattr(torch.cpu, name) for name in names):
         return None
     return any(getattr(torch.cpu, name)() for name in names)
+
+
+def as_row(weight: Any, device: torch.device) -> Any:
+    """The weight of a loss without rows, a number or a 0-dimensional tensor, as that of one row."""
+    if isinstance(weight, int | float):
+        return torch.full((1,), weight, dtype=torch.float64, device=device)
+    return weight.view(1) if isinstance(weight, Tensor) and weight.dim() == 0 else weight
 
 
 def evaluate(
@@ -100,18 +109,27 @@ def evaluate(
     """
     size = size if index is None else len(index)
     result = step.rollback.interruptible(closure, index)
+    result = getattr(result, "loss", result)  # of the Transformers library's ModelOutput
+    if isinstance(result, Mapping) and "loss" in result:
+        result = result["loss"]
     losses, weights = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if isinstance(losses, Tensor) and losses.dim() == 0 and index is None and not draws_rows(step.settings):
+        losses, weights = losses.view(1), as_row(weights, losses.device)  # as if the micro-batch were one sample
     if not isinstance(losses, Tensor) or not isinstance(weights, Tensor | None):
         raise TypeError(
             f"the closure returned {type(result).__name__}: return one loss per sample, a tensor of shape [b], "
-            "or a tuple (losses, weights)"
+            "or a tuple (losses, weights); with gamma=1 also one loss, or what has it as loss"
         )
     if losses.dim() == 0:
-        raise ValueError("the closure returned a scalar: return one loss per sample, for example with reduction='none'")
+        raise ValueError(
+            "the closure returned a scalar: return one loss per sample, for example with reduction='none', or "
+            "(losses, weights) of shape [b] each; or set gamma=1 (and ascent_share=1), which selects no samples, so "
+            "that one loss will do"
+        )
     if losses.dim() != 1:
         raise ValueError(
             f"the closure returned losses of shape {list(losses.shape)}: return one loss per sample, shape [b], for "
-            "example losses.flatten(1).mean(1), or (losses, weights)"
+            "example losses.flatten(1).mean(1), or (losses, weights), as esam_kernels.token_loss does for tokens"
         )
     if not losses.dtype.is_floating_point:
         raise ValueError(f"the closure returned {losses.dtype} losses: return a floating dtype")

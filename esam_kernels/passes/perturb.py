@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..model_state import copy_all
 from ..schedule import coefficient
 from ..sharding import is_sharded, local_shard, shard_offset, sum_over_shards
 from ..step import Step, Weight
@@ -26,22 +27,23 @@ class Perturbation:
     norm: Tensor
 
     def __init__(self) -> None:
-        self._params: list[Tensor] = []
-        self._backups: list[Tensor] = []
+        self._saved: list[tuple[Sequence[Tensor], list[Tensor]]] = []
 
     def back_up(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Where an operator is to save these weights before it moves them."""
-        backups = [torch.empty_like(param) for param in params]
-        self._backups += backups
-        self._params += params
+        """Save weights that are about to be moved.
+
+        They are recorded when they have been saved and before they move, so that an exception at any instant finds
+        either weights that have not moved or a record of whole backups. A record that the moving operator left would
+        be made by a call after it, which an exception can come before.
+        """
+        backups = copy_all(params)
+        self._saved.append((params, backups))
         return backups
 
     def restore(self) -> None:
         """Put every weight back, bit for bit. Doing it again changes nothing."""
-        # A backup is whole as soon as its version has moved (see ops.perturb_); until then its weight is untouched.
-        whole = [(param, backup) for param, backup in zip(self._params, self._backups) if backup._version > 0]
-        if whole:
-            ops.restore_([param for param, _ in whole], [backup for _, backup in whole])
+        for params, backups in self._saved:
+            ops.restore_(params, backups)
 
 
 def perturb(step: Step, ascent: Ascent) -> Perturbation:

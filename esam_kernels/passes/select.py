@@ -4,13 +4,14 @@ Source: sharpness-sensitive data selection, ESAM (Du et al., ICLR 2022, arXiv 21
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..closure import BatchClosure
+from ..model_state import Start
 from ..ops.reference import SAMPLE_STREAM
 from ..options import count_of
 from ..step import Step
@@ -18,12 +19,27 @@ from .draw import random_scores
 from .evaluate import MicroBatch, steered
 
 
-def look(step: Step, before: Sequence[MicroBatch] = ()) -> list[MicroBatch]:
-    """The losses at the weights as they are, without a graph; as many as there were ``before``, if that is known."""
-    step.model_state.forget_weight_copies()
-    evaluate = torch.no_grad()(steered(step))
-    sizes: Sequence[int | None] = [len(one.losses) for one in before] or [None] * len(step.closures)
-    return [evaluate(step, closure, size=size, graph=False) for closure, size in zip(step.closures, sizes)]
+def look(step: Step, start: Start, before: Sequence[MicroBatch] = ()) -> list[MicroBatch]:
+    """The losses at the weights as they are, of the same random numbers as those ``before``, and as many if given.
+
+    Without a graph, unless forwards ask for gradients themselves.
+    """
+
+    def run(evaluate: Callable[..., MicroBatch]) -> list[MicroBatch]:
+        start.buffers()
+        start.random_state()  # what drops out is what the first pass dropped
+        step.model_state.forget_weight_copies()
+        sizes: Sequence[int | None] = [len(one.losses) for one in before] or [None] * len(step.closures)
+        return [evaluate(step, closure, size=size, graph=False).detach() for closure, size in zip(step.closures, sizes)]
+
+    if not step.findings.forward_needs_graph:
+        try:
+            return run(torch.no_grad()(steered(step)))
+        except RuntimeError as error:
+            if "require grad" not in str(error) and "requires grad" not in str(error):
+                raise
+            step.findings.forward_needs_graph = True
+    return run(steered(step))
 
 
 def extents(step: Step, before: Sequence[MicroBatch]) -> list[tuple[int, torch.device]]:
@@ -35,6 +51,8 @@ def extents(step: Step, before: Sequence[MicroBatch]) -> list[tuple[int, torch.d
 
 def select(step: Step, before: Sequence[MicroBatch], after: Sequence[MicroBatch]) -> list[Tensor | None]:
     """For each micro-batch the rows that the gradient is taken on, ascending; None for all of them.
+
+    At least two where a batch norm takes its statistics from them, which it cannot from one.
 
     Args:
         step: the step.
@@ -54,12 +72,22 @@ def select(step: Step, before: Sequence[MicroBatch], after: Sequence[MicroBatch]
         if one.sample_weights is not None:  # what has no weight, such as rows of padding, comes last
             padding = one.sample_weights == 0
             low[i], high[i] = low[i].masked_fill(padding, 0), high[i].masked_fill(padding, -math.inf)
-    if settings.select_over == "micro_batch" or len(high) == 1:
-        return [ops.select_top(a, b, count_of(settings.gamma, len(a))) for a, b in zip(low, high)]
     sizes = [len(x) for x in low]
+    if settings.select_over == "micro_batch" or len(high) == 1:
+        counts = [at_least(step, count_of(settings.gamma, size), size) for size in sizes]
+        return [ops.select_top(a, b, k) for a, b, k in zip(low, high, counts)]
     index = ops.select_top(torch.cat(low), torch.cat(high), count_of(settings.gamma, sum(sizes)))
     ends = torch.tensor(sizes).cumsum(0)
     # How many rows each micro-batch gets is known on the device alone: the one synchronization of this option.
     cuts = torch.searchsorted(index, ends.to(index.device)).tolist()
     starts = [0, *ends.tolist()]
-    return [index[i:j] - start for i, j, start in zip([0, *cuts], cuts, starts)]
+    rows = [index[i:j] - start for i, j, start in zip([0, *cuts], cuts, starts)]
+    for i, (a, b, one) in enumerate(zip(low, high, rows)):
+        if len(one) > 0 and (k := at_least(step, len(one), len(a))) > len(one):
+            rows[i] = ops.select_top(a, b, k)  # the one is the first of them
+    return rows
+
+
+def at_least(step: Step, count: int, size: int) -> int:
+    """``count`` rows of ``size``, or two where a batch norm needs them and there are two."""
+    return 2 if count == 1 and size > 1 and step.model_state.trains_batch_norm else count

@@ -14,22 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import authors, data, frontier, kernels, memory, models, plots, rounding, step_cost, tables, train
-from benchmarks.measure import Stopwatch, peak_memory, ratio, spread, turn
-from benchmarks.methods import (
-    METHODS,
-    VARIANTS,
-    ESAMTrainer,
-    Settings,
-    mean_loss,
-    per_sample_loss,
-    per_sequence_loss,
-    trainer,
-)
+from benchmarks.commands import frontier, memory, operators, rounding, step_cost, train
+from benchmarks.measuring.clock import Stopwatch, peak_memory, ratio, spread, turn
+from benchmarks.report import plots, tables
+from benchmarks.training import authors, data, models
+from benchmarks.training.losses import mean_loss, per_sample_loss, per_sequence_loss
+from benchmarks.training.methods import METHODS
+from benchmarks.training.trainers import TRAINERS, ESAMTrainer, Settings, trainer
 from esam_kernels import ops
 
 CPU = torch.device("cpu")
-SETTINGS = Settings(lr=0.05, momentum=0.9, weight_decay=5e-4, rho=0.05, beta=0.6, gamma=0.5)
+SETTINGS = Settings(lr=0.05, momentum=0.9, weight_decay=5e-4, esam={"rho": 0.05, "beta": 0.6, "gamma": 0.5})
 
 
 def load(name, file=None):
@@ -195,7 +190,8 @@ def test_networks_start_from_the_weights_of_their_seed():
 
 
 # All but one that needs a clone, and one that Triton's interpreter takes seconds for.
-RUNNABLE = [name for name in METHODS | VARIANTS if name not in ("esam-authors", "esam-triton")]
+RUNNABLE = [name for name in step_cost.TIMED if name not in ("esam-authors", "esam-triton")]
+RUNNABLE += ["sgd-4-micro-batches", "esam-4-micro-batches-over-all"]
 
 
 @pytest.mark.parametrize("amp", [None, torch.bfloat16, torch.float16])
@@ -359,17 +355,17 @@ def test_a_gpu_is_kept_busy_for_longer_than_the_host_takes_to_launch_what_is_tim
         now[0] += 0.03
         done.append("call")
 
-    monkeypatch.setattr(kernels.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(operators.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(kernels, "keep_busy", lambda seconds: done.append(f"busy {seconds > 1.5 * 0.03}"))
-    assert kernels.seconds(call, "cuda") == (pytest.approx(0.005), pytest.approx(0.03))
+    monkeypatch.setattr(operators, "keep_busy", lambda seconds: done.append(f"busy {seconds > 1.5 * 0.03}"))
+    assert operators.seconds(call, "cuda") == (pytest.approx(0.005), pytest.approx(0.03))
     assert done == ["wait", "call", "busy True", "event", "call", "event", "wait"]
 
 
 FLAGS = """
 import torch
-from benchmarks.environment import tf32
+from benchmarks.measuring.environment import tf32
 
 print(*tf32().values())
 torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = True, False
@@ -406,7 +402,7 @@ def test_train_end_to_end(tmp_path, capsys):
     assert METHODS["esam"].label in printed
     assert "| loss rise at 0.05 |" in printed
     result = json.loads((tmp_path / "train_digits_cpu.json").read_text())
-    assert list(result["methods"]) == list(METHODS)
+    assert list(result["methods"]) == list(train.TRAINED)
     assert tables.train(result) in printed
     _, _, sharpness, about = tables.blocks(tables.train(result))
     converged = [seed["hessian"]["converged"] for seeds in result["sharpness"]["seeds"].values() for seed in seeds]
@@ -478,9 +474,8 @@ def test_a_method_that_diverges_is_shown_and_stops_no_other(tmp_path, capsys):
 
 
 def test_methods_take_turns_in_the_shared_order(monkeypatch):
-    """That of ``measure.turn``, in which each follows every other equally often."""
+    """That of ``clock.turn``, in which each follows every other equally often."""
     order = []
-    monkeypatch.setattr(train, "METHODS", {name: METHODS[name] for name in ("sgd", "sam", "esam")})
     names = ["sgd", "sam", "esam"]
     args = train.parse_args(
         ["--device", "cpu", "--width", "4", "--epochs", "6", "--seeds", "1", "--optimizers", *names]
@@ -488,7 +483,7 @@ def test_methods_take_turns_in_the_shared_order(monkeypatch):
     args.sharpness_samples = 0
     monkeypatch.setattr(train.Run, "train_epoch", lambda run, progress: order.append(type(run.trainer)))
     train.train(load("digits"), args, float("inf"))
-    trainers = [METHODS[name].trainer for name in names]
+    trainers = [TRAINERS[METHODS[name].trainer] for name in names]
     assert order == [trainers[i] for epoch in range(6) for i in turn(3, epoch)]
 
 
@@ -545,10 +540,10 @@ def test_step_cost_end_to_end(tmp_path, capsys, authors_clone):
     printed = capsys.readouterr().out
     assert "times the sum of its parts" in printed
     assert all(method["label"] in printed for method in result["methods"].values())
-    absent = {*METHODS, *VARIANTS} - {*result["methods"]}  # backends that do not serve, and that of the row "ESAM"
+    absent = {*step_cost.TIMED} - {*result["methods"]}  # backends that do not serve, and that of the row "ESAM"
     assert {f"esam-{result['backend']}"} <= absent <= {f"esam-{backend}" for backend in step_cost.BACKENDS}
     assert result["left_out"].keys() == absent
-    assert all(f"{VARIANTS[name].label}: {why}" in printed for name, why in result["left_out"].items())
+    assert all(f"{METHODS[name].label}: {why}" in printed for name, why in result["left_out"].items())
     assert "where 50.0 % would be so by chance" in printed
     assert "small of width 4 (a scaled-down stand-in: the published one's is 64)" in printed
     assert list(result["parts"])[-2:] == ["sum of the parts", "left over"]
@@ -580,24 +575,26 @@ def test_a_time_budget_leaves_the_first_case_one_round_and_the_others_none(tmp_p
 
 def test_whole_parts_and_floor_have_as_many_visits_in_turns_and_the_draw_of_the_round(tmp_path, monkeypatch):
     steps = []  # (what, which weights it draws)
-
-    def draw(bare, step):
-        return {i for i, weight in enumerate(bare.model.parameters()) if any(weight is w for w in drawn(bare, step))}
+    in_parts = []
 
     def esam_step(method, *batch):
-        steps.append(("whole", draw(method, method.optimizer.param_groups[0]["esam_step"])))
+        weights = step_cost.drawn(method, method.optimizer.param_groups[0]["esam_step"])
+        found = {i for i, weight in enumerate(method.model.parameters()) if any(weight is w for w in weights)}
+        steps.append(("parts" if in_parts else "whole", found))
         return whole(method, *batch)
 
-    def parts_of_step(bare, inputs, targets, step):
-        steps.append(("parts", draw(bare, step)))
-        return parts(bare, inputs, targets, step)
+    def parts_of_step(*arguments):
+        in_parts.append(True)
+        found = parts(*arguments)
+        in_parts.clear()
+        return found
 
     def floor_of_step(bare, inputs, targets, weights):
         found = {i for i, weight in enumerate(bare.model.parameters()) if any(weight is w for w in weights)}
         steps.append(("floor", found))
         floor(bare, inputs, targets, weights)
 
-    whole, parts, floor, drawn = ESAMTrainer.step, step_cost.parts_of_step, step_cost.floor_of_step, step_cost.drawn
+    whole, parts, floor = ESAMTrainer.step, step_cost.parts_of_step, step_cost.floor_of_step
     monkeypatch.setattr(ESAMTrainer, "step", esam_step)
     monkeypatch.setattr(step_cost, "parts_of_step", parts_of_step)
     monkeypatch.setattr(step_cost, "floor_of_step", floor_of_step)
@@ -713,11 +710,11 @@ def test_the_parts_are_the_step(model, amp):
     if model == "gpt":
         loss_fn = per_sequence_loss
         shape, batches = {"width": 8, "vocabulary": 16, "context": 8}, data.TokenData(16, 8, CPU)
-    whole, parts = (trainer(name, models.build(model, **shape), settings, CPU, loss_fn) for name in ("esam", "sgd"))
+    whole, parts = (trainer("esam", models.build(model, **shape), settings, CPU, loss_fn) for _ in range(2))
     generator = torch.Generator().manual_seed(0)
-    for step, (inputs, targets) in zip(range(6), batches.train_batches(128, generator)):
+    for _, (inputs, targets) in zip(range(6), batches.train_batches(128, generator)):
         whole.step(inputs, targets)
-        assert len(set(step_cost.parts_of_step(parts, inputs, targets, step))) == 9
+        assert len(step_cost.parts_of_step(parts, inputs, targets, Stopwatch(CPU))) == 9
         states = (method.model.state_dict().values() for method in (whole, parts))
         assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 

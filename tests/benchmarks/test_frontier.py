@@ -14,10 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import data, frontier, options, plots, record, tables, train
-from benchmarks.frontier import CONFIGURATIONS, Planned, Sweep, pareto_front
-from benchmarks.journal import Journal, code_fingerprint
-from benchmarks.measure import turn
+from benchmarks import record
+from benchmarks.commands import command_line, frontier, train
+from benchmarks.commands.frontier import CONFIGURATIONS, Planned, Sweep, pareto_front
+from benchmarks.measuring.clock import turn
+from benchmarks.measuring.journal import Journal, code_fingerprint
+from benchmarks.report import plots, tables
+from benchmarks.training import data
+from benchmarks.training.methods import METHODS
 
 TINY = ["--device", "cpu", "--width", "4", "--train-samples", "200", "--epochs", "4", "--seeds", "2", "--rounds", "1"]
 THREE = ["--configurations", "sgd", "esam", "esam-interval2"]
@@ -28,7 +32,7 @@ CPU = torch.device("cpu")
 def sweep(folder, *more, name="frontier_digits_cpu"):
     """A sweep with whatever is in the folder's journal."""
     args = frontier.parse_args([*TINY, *THREE, *more, "--output", str(folder)])
-    return Sweep(options.training_images(args), args, Journal(folder / f"{name}.jsonl", HERE))
+    return Sweep(command_line.training_images(args), args, Journal(folder / f"{name}.jsonl", HERE))
 
 
 def timed(costs):
@@ -67,13 +71,13 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_result(tmp_path, monkeypatch
     shared = [*TINY, *THREE, "--epochs", "30", "--sharpness-samples", "20"]
     arguments = [*shared, "--output", str(tmp_path / "killed")]
     code = (
-        "from benchmarks import frontier; frontier.code_fingerprint = lambda *_: 'abc'; "
+        "from benchmarks.commands import frontier; frontier.code_fingerprint = lambda *_: 'abc'; "
         f"frontier.environment = lambda: {here}; frontier.main({arguments})"
     )
     journal = tmp_path / "killed/frontier_digits_cpu.jsonl"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
-        cwd=Path(frontier.__file__).parent.parent,
+        cwd=Path(frontier.__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -273,24 +277,23 @@ def test_no_run_is_begun_that_would_not_end_in_time(planned, monkeypatch):
 
 
 def test_configurations_take_turns_in_the_shared_order(tmp_path, monkeypatch):
-    """That of ``measure.turn``, in which each follows every other equally often."""
+    """That of ``clock.turn``, in which each follows every other equally often."""
     args = frontier.parse_args([*TINY, *THREE, "--rounds", "5", "--output", str(tmp_path)])
     order, make = [], train.Run
 
-    def spied(name, settings, *rest):
-        run = make(name, settings, *rest)
-        run.stopwatch.mark = lambda mark=run.stopwatch.mark: order.append((name, settings.interval)) or mark()
+    def spied(name, *rest):
+        run = make(name, *rest)
+        run.stopwatch.mark = lambda mark=run.stopwatch.mark: order.append(name) or mark()
         return run
 
     monkeypatch.setattr(frontier, "Run", spied)
-    frontier.calibrate(options.training_images(args), args)
-    kinds = [("sgd", 1), ("esam", 1), ("esam", 2)]
-    assert order[::2] == order[1::2] == [kinds[i] for number in range(6) for i in turn(3, number)]
+    frontier.calibrate(command_line.training_images(args), args)
+    assert order[::2] == order[1::2] == [THREE[1:][i] for number in range(6) for i in turn(3, number)]
 
 
 def test_what_a_run_needs_besides_its_steps_is_measured_before_the_first(tmp_path, monkeypatch):
     args = frontier.parse_args([*TINY, "--configurations", "sgd", "--output", str(tmp_path)])
-    images = options.training_images(args)
+    images = command_line.training_images(args)
     done = []
     monkeypatch.setattr(train.Run, "accuracy", lambda run: done.append("accuracy"))
     monkeypatch.setattr(train.Run, "sharpness", lambda run: done.append("sharpness") or time.sleep(0.05))
@@ -303,10 +306,9 @@ def test_what_says_most_comes_first(capsys):
     assert list(CONFIGURATIONS)[:5] == ["sgd", "sam", "esam", "esam-random", "esam-loss"]
     on_cifar10 = frontier.parse_args(["--data", "cifar10"]).configurations
     assert on_cifar10[:5] == list(CONFIGURATIONS)[:5]
-    changed = {key for name in on_cifar10 for key in CONFIGURATIONS[name].changes} | {
-        CONFIGURATIONS[name].method for name in on_cifar10
-    }
-    assert changed == {"beta", "gamma", "interval", "granularity", "selection", "sgd", "sam", "esam", "esam-bf16"}
+    changed = {key for name in on_cifar10 for key in METHODS[name].options}
+    assert changed == {"beta", "gamma", "interval", "granularity", "selection", "steering_dtype"}
+    assert {METHODS[name].trainer for name in on_cifar10} == {"sgd", "sam", "esam"}
     assert frontier.parse_args(["--data", "cifar10", "--configurations", "sgd", "esam-beta1"]).configurations == [
         "sgd",
         "esam-beta1",
@@ -326,10 +328,10 @@ def test_configurations_that_the_options_make_the_same_share_their_runs(tmp_path
 def test_every_configuration_trains_as_it_says(tmp_path):
     """The optimizers in the runs have the settings that the labels promise."""
     args = frontier.parse_args([*TINY, "--label-noise", "0", "--output", str(tmp_path)])
-    images = options.training_images(args)
+    task = command_line.task(args, command_line.training_images(args))
     options_of = {}
-    for name, configuration in CONFIGURATIONS.items():
-        run = train.Run(configuration.method, configuration.settings(args, 7), 1, images, args)
+    for name in CONFIGURATIONS:
+        run = train.Run(name, command_line.settings(args, 7), 1, task)
         options_of[name] = run.trainer.optimizer.param_groups[0]
     rho = args.rho
     plain = {"rho": rho, "beta": 0.6, "gamma": 0.5, "interval": 1, "granularity": "tensor", "selection": "increase"}

@@ -4,9 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import memory, tables
-from benchmarks.memory import STEPS, VARIANTS, Case, Variant, drawn_bytes, measure
+from benchmarks.commands import memory
+from benchmarks.commands.memory import ROWS, SGD, STEPS, Case, drawn_bytes, measure
+from benchmarks.report import tables
+from benchmarks.training.methods import METHODS, Method
+from benchmarks.training.trainers import Settings
 
+SETTINGS = Settings(**SGD)
 CPU = torch.device("cpu")
 SLACK = 4096  # bytes: losses, gradients of logits, norms, indices
 
@@ -24,40 +28,37 @@ DEEP = Case("layers of equal size", lambda: memory._mlp(*[100] * 10), (4, 100))
 def test_the_peak_of_a_linear_layer_is_what_must_live_at_once():
     """Weights, momentum and the gradient, and for ESAM the backup; logits and the like are small."""
     peaks = {
-        name: measure(LINEAR, Variant(*about), CPU)["peak_bytes"]
-        for name, about in {
-            "sgd": ("sgd",),
-            "esam": ("esam", {"beta": 1.0, "gamma": 1.0}),
-        }.items()
+        name: measure(LINEAR, row, SETTINGS, CPU)["peak_bytes"]
+        for name, row in {"sgd": "sgd", "esam": "esam-beta1-gamma1"}.items()
     }
     assert 0 <= peaks["sgd"] - (3 * WEIGHTS + BATCH) <= 8 * LOGITS + SLACK
     assert 0 <= peaks["esam"] - (4 * WEIGHTS + BATCH) <= 8 * LOGITS + SLACK
 
 
-@pytest.mark.parametrize("label", VARIANTS)
-def test_esam_holds_its_backup_beyond_sgd_and_little_else(label):
-    variant = VARIANTS[label]
-    measured = measure(DEEP, variant, CPU)
-    assert measure(DEEP, variant, CPU) == measured
-    if variant.method != "esam":
+@pytest.mark.parametrize("name", ROWS)
+def test_esam_holds_its_backup_beyond_sgd_and_little_else(name):
+    measured = measure(DEEP, name, SETTINGS, CPU)
+    assert measure(DEEP, name, SETTINGS, CPU) == measured
+    if METHODS[name].trainer != "esam":
         assert measured["backup_bytes"] is None
         return
     assert measured["backup_bytes"] >= measured["floor_bytes"]
-    if variant.options.get("granularity") != "element":
+    if METHODS[name].options.get("granularity") != "element":
         assert measured["backup_bytes"] == measured["floor_bytes"]
-    sgd = measure(DEEP, Variant("sgd"), CPU)["peak_bytes"]
+    sgd = measure(DEEP, "sgd", SETTINGS, CPU)["peak_bytes"]
     assert measured["peak_bytes"] >= sgd + measured["backup_bytes"] - SLACK
 
 
 def test_the_floor_is_one_copy_of_the_largest_draw():
     params = [torch.empty(10) for _ in range(20)]
-    everything = drawn_bytes(params, Variant("esam", {"beta": 1.0}))
-    assert everything == drawn_bytes(params, Variant("sam")) == 20 * 40
-    assert drawn_bytes(params, Variant("esam", {"granularity": "element", "beta": 0.25})) == 20 * 10
-    drawn = drawn_bytes(params, Variant("esam"))
+    everything = drawn_bytes(params, METHODS["esam-beta1"], SETTINGS)
+    assert everything == drawn_bytes(params, METHODS["sam"], SETTINGS) == 20 * 40
+    elements = Method("", "esam", {"granularity": "element", "beta": 0.25})
+    assert drawn_bytes(params, elements, SETTINGS) == 20 * 10
+    drawn = drawn_bytes(params, METHODS["esam"], SETTINGS)
     assert 0 < drawn < everything
     assert drawn % 40 == 0
-    assert drawn_bytes(params, Variant("esam", {"interval": STEPS - 1})) <= drawn
+    assert drawn_bytes(params, Method("", "esam", {"interval": STEPS - 1}), SETTINGS) <= drawn
 
 
 def test_the_table_compares_with_sgd():

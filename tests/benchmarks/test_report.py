@@ -8,9 +8,11 @@ from itertools import chain, pairwise
 
 import pytest
 
-from benchmarks import frontier, kernels, memory, options, record, report, rounding, step_cost, tables, train
+from benchmarks import record
 from benchmarks.__main__ import COMMANDS
 from benchmarks.__main__ import main as dispatch
+from benchmarks.commands import frontier, memory, operators, report, rounding, step_cost, train
+from benchmarks.report import documents, tables
 
 TINY = ["--width", "4", "--device", "cpu"]
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -28,10 +30,10 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "CASES", {"tiny": memory.Case("tiny", lambda: memory._mlp(3, 4, 10), (8, 3, 1, 1))})
         memory.main(["--device", "cpu", *output])
-        patch.setattr(kernels, "MODELS", {"ResNet-18": [(3, 4), (5,)]})
-        patch.setattr(kernels, "_compiled", lambda *_: None)
-        patch.setattr(kernels.torch, "compile", lambda call: call)
-        kernels.main(["--device", "cpu", "--repeats", "1", *output])
+        patch.setattr(operators, "MODELS", {"ResNet-18": [(3, 4), (5,)]})
+        patch.setattr(operators, "_compiled", lambda *_: None)
+        patch.setattr(operators.torch, "compile", lambda call: call)
+        operators.main(["--device", "cpu", "--repeats", "1", *output])
     return folder
 
 
@@ -66,7 +68,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_loads_nothing_and_its_links_lead_somewhere(results):
-    source = report.as_page(results)
+    source = documents.as_page(results)
     page = Page(source)
     assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.elements}
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
@@ -80,11 +82,11 @@ def test_the_page_loads_nothing_and_its_links_lead_somewhere(results):
 
 
 def test_the_page_shows_every_result_with_its_tables_plots_and_settings(results):
-    page = Page(report.as_page(results))
+    page = Page(documents.as_page(results))
     assert {a["id"] for tag, a in page.elements if tag == "article"} == set(results)
     assert sum(tag == "svg" for tag, _ in page.elements) == 4
     for result in results.values():
-        kind = report.KINDS[result["benchmark"]]
+        kind = documents.KINDS[result["benchmark"]]
         for block in tables.blocks(kind.tables(result)):
             cells = [block] if isinstance(block, str) else chain(block.columns, *block.rows)
             assert all(cell in page.text for cell in cells)
@@ -93,7 +95,7 @@ def test_the_page_shows_every_result_with_its_tables_plots_and_settings(results)
 
 
 def test_every_table_has_headers_and_a_caption(results):
-    page = Page(report.as_page(results))
+    page = Page(documents.as_page(results))
     number = sum(tag == "table" for tag, _ in page.elements)
     assert (
         number == sum(tag == "caption" for tag, _ in page.elements) == sum(tag == "thead" for tag, _ in page.elements)
@@ -102,9 +104,9 @@ def test_every_table_has_headers_and_a_caption(results):
 
 
 def test_the_markdown_shows_every_result_and_its_plots(folder, results):
-    markdown = report.as_markdown(results)
+    markdown = documents.as_markdown(results)
     assert all(f"({stem}.json)" in markdown for stem in results)
-    report.write(folder)
+    documents.write(folder)
     plots = re.findall(r"!\[.*?\]\((.*?)\)", markdown)
     assert plots == [
         "train_digits_cpu_cost.svg",
@@ -117,8 +119,8 @@ def test_the_markdown_shows_every_result_and_its_plots(folder, results):
 
 def test_every_plot_says_what_is_seen_in_it(results):
     """Alike in both forms: the numbers of the result itself, and no text that would do for any result."""
-    spoken = [attributes["aria-label"] for tag, attributes in Page(report.as_page(results)).elements if tag == "svg"]
-    written = re.findall(r"!\[(.*?)\]\(", report.as_markdown(results))
+    spoken = [attributes["aria-label"] for tag, attributes in Page(documents.as_page(results)).elements if tag == "svg"]
+    written = re.findall(r"!\[(.*?)\]\(", documents.as_markdown(results))
     assert spoken == [html.unescape(text) for text in written]
     cost, time, sharpness, frontier = spoken
     trained, swept = results["train_digits_cpu"], results["frontier_digits_cpu"]
@@ -149,7 +151,7 @@ def test_an_eigenvalue_that_did_not_converge_is_marked(results):
 
 def test_brackets_do_not_end_the_text_of_a_plot(results):
     results["train_digits_cpu"]["methods"]["esam"]["label"] = "ESAM](x) ["
-    markdown = report.as_markdown(results)
+    markdown = documents.as_markdown(results)
     assert re.search(r"!\[Test accuracy [^][]*?ESAM\\\]\(x\) \\\[[^][]*\]\(train_digits_cpu_cost\.svg\)", markdown)
 
 
@@ -165,7 +167,7 @@ def test_results_without_sharpness_or_divergence_are_shown_too(results):
     del old["sharpness"]
     table, _ = tables.blocks(tables.frontier(old))
     assert len(table.rows) == 2
-    assert "Test accuracy over training time" in report.as_markdown(results)
+    assert "Test accuracy over training time" in documents.as_markdown(results)
 
 
 @pytest.mark.parametrize(
@@ -203,10 +205,10 @@ def test_nothing_that_a_result_says_becomes_markup(results):
     for result in results.values():
         result["data"] = result["environment"]["cpu"] = evil
     results["train_digits_cpu"]["methods"]["esam"]["label"] = evil
-    page = Page(report.as_page(results))
+    page = Page(documents.as_page(results))
     assert not any(tag == "img" for tag, _ in page.elements)
     assert page.text.count(evil) >= 3
-    markdown = report.as_markdown(results)
+    markdown = documents.as_markdown(results)
     assert "<img" not in re.sub("`.*?`", "", markdown)  # in code nothing is markup
     rows = [line for line in markdown.splitlines() if line.startswith("| &lt;img")]
     assert len(rows) == 4  # a method in two tables, and two lines of the summary
@@ -215,7 +217,7 @@ def test_nothing_that_a_result_says_becomes_markup(results):
 
 def test_a_result_of_an_unknown_kind_is_named(results):
     with pytest.raises(ValueError, match=r"other\.json names 'guesses' as its benchmark"):
-        report.as_page(results | {"other": {"benchmark": "guesses"}})
+        documents.as_page(results | {"other": {"benchmark": "guesses"}})
 
 
 def test_the_summary_has_costs_and_gains_of_known_results():
@@ -248,18 +250,18 @@ def test_the_summary_has_costs_and_gains_of_known_results():
 
 
 def test_the_readme_is_rewritten_between_its_markers(results):
-    sections = ("summary", "train", "frontier")
-    empty = "Title\n" + "".join(f"<!-- results:{name} -->\nold\n<!-- /results:{name} -->\ntext\n" for name in sections)
-    once = report.update(empty, results)
+    sections = ("options", "results:summary", "results:train", "results:frontier")
+    empty = "Title\n" + "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\ntext\n" for name in sections)
+    once = documents.update(empty, results)
     assert "old" not in once
-    assert once.startswith("Title\n<!-- results:summary -->\n")
+    assert once.startswith("Title\n<!-- options -->\n")
     assert once.endswith("text\n")
     assert tables.train(results["train_digits_cpu"]) in once
     assert "](benchmarks/results/train_digits_cpu_cost.svg)" in once
     assert "](benchmarks/results/frontier_digits_cpu.svg)" in once
-    assert report.update(once, results) == once
+    assert documents.update(once, results) == once
     with pytest.raises(ValueError, match="the README lacks the lines"):
-        report.update("no markers", results)
+        documents.update("no markers", results)
 
 
 def test_the_committed_report_is_that_of_the_committed_results():
@@ -268,10 +270,10 @@ def test_the_committed_report_is_that_of_the_committed_results():
     def without_plots(page):
         return re.sub("<svg.*?</svg>", "", page, flags=re.DOTALL)
 
-    results = record.load(options.RESULTS)
-    assert without_plots((options.RESULTS / "report.html").read_text()) == without_plots(report.as_page(results))
-    assert (options.RESULTS / "report.md").read_text() == report.as_markdown(results)
-    assert report.README.read_text() == report.update(report.README.read_text(), results)
+    results = record.load(record.RESULTS)
+    assert without_plots((record.RESULTS / "report.html").read_text()) == without_plots(documents.as_page(results))
+    assert (record.RESULTS / "report.md").read_text() == documents.as_markdown(results)
+    assert report.README.read_text() == documents.update(report.README.read_text(), results)
 
 
 def test_tables_line_up_and_are_read_back():
@@ -296,9 +298,9 @@ def test_one_command_line_for_all(capsys):
         assert all(f"  {command} " in stopped.value.code for command in COMMANDS)
 
 
-def test_kernels_with_their_rivals(results):
-    result = results["kernels_cpu"]
-    weights, samples, caption = tables.blocks(tables.kernels(result))
+def test_operators_with_their_rivals(results):
+    result = results["operators_cpu"]
+    weights, samples, caption = tables.blocks(tables.operators(result))
     assert [tuple(row[:2]) for row in weights.rows] == [
         ("squared_norm", "ResNet-18"),
         ("perturb", "ResNet-18"),

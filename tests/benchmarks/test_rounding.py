@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import rounding
+from benchmarks.commands import rounding
 from esam_kernels import ESAM, batch_closure
 
 BF16 = torch.bfloat16
@@ -18,7 +18,7 @@ def moved(dtype, nearest, rho=0.003):
     layer = nn.Linear(300, 300).to(dtype)
     loss = (layer(torch.randn(8, 300).to(dtype)).float() ** 2).mean()
     before = [weight.detach().clone() for weight in layer.parameters()]
-    result = rounding.move(list(layer.parameters()), loss, rounding.Row("", dtype, rho, nearest))
+    result = rounding.move(list(layer.parameters()), loss, rho, nearest)
     assert all(torch.equal(a, b) for a, b in zip(before, layer.parameters()))
     return result
 
@@ -90,19 +90,19 @@ def test_sgd_is_trained_on_the_weights_of_the_row(monkeypatch):
         rounding,
         "trainer",
         lambda name, model, settings, device: (
-            seen.append((name, settings.rho, next(model.parameters()).dtype)) or 1 / 0
+            seen.append((name, settings.esam["rho"], next(model.parameters()).dtype)) or 1 / 0
         ),
     )
     images = rounding.data.load("digits", None, torch.device("cpu"), torch.contiguous_format)
-    args = SimpleNamespace(device="cpu", width=4, lr=0.1, beta=0.6, gamma=0.5, epochs=1, batch_size=8)
+    args = SimpleNamespace(device="cpu", width=4, lr=0.1, momentum=0.9, weight_decay=5e-4, epochs=1, batch_size=8)
     for row in rounding.rows_of([0.5]):
         with pytest.raises(ZeroDivisionError):
             rounding.train(row, 0, images, args)
     float32, bf16 = torch.float32, torch.bfloat16
     assert seen == [
         ("sgd", 0.0, float32),
-        ("sgd", 0.0, bf16),
+        ("sgd-bf16-weights", 0.0, bf16),
         ("esam", 0.5, float32),
-        ("esam", 0.5, bf16),
-        ("esam", 0.5, bf16),
+        ("esam-bf16-weights", 0.5, bf16),
+        ("esam-bf16-weights-to-nearest", 0.5, bf16),
     ]

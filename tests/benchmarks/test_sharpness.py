@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import data, models, sharpness, train
-from benchmarks.sharpness import Landscape
+from benchmarks.commands import command_line, train
+from benchmarks.training import data, models
+from benchmarks.training.landscape import Landscape, measure, top_eigenvalue
 
 
 def generator(seed=0):
@@ -36,7 +37,7 @@ def quadratic(curvatures, weights):
     [([3.0, 7.0, 1.0], 7.0), ([-9.0, 2.0, 1.0], 2.0), ([-1.0, -4.0, -2.0], -1.0), ([0.0, 0.0, 0.0], 0.0)],
 )
 def test_the_top_eigenvalue_is_the_largest_not_the_one_of_largest_size(curvatures, top):
-    found = sharpness.top_eigenvalue(quadratic(curvatures, [1.0, 2.0, 3.0]), generator(), 1e-6, 200)
+    found = top_eigenvalue(quadratic(curvatures, [1.0, 2.0, 3.0]), generator(), 1e-6, 200)
     assert found.converged
     assert found.value == pytest.approx(top, abs=1e-6)
 
@@ -44,13 +45,13 @@ def test_the_top_eigenvalue_is_the_largest_not_the_one_of_largest_size(curvature
 def test_convergence_is_judged_by_the_eigenvalue_and_not_by_the_shift():
     """The lowest eigenvalue is a hundred times the top one: beside the shift by it, any residual looks small."""
     for cap, converged in ((60, False), (3000, True)):
-        found = sharpness.top_eigenvalue(quadratic([-200.0, 2.0, -1.0], [1.0, 1.0, 1.0]), generator(), 0.05, cap)
+        found = top_eigenvalue(quadratic([-200.0, 2.0, -1.0], [1.0, 1.0, 1.0]), generator(), 0.05, cap)
         assert found.converged == converged
         assert converged == (found.value == pytest.approx(2.0, rel=0.05))
 
 
 def test_a_cap_on_the_iterations_is_said():
-    found = sharpness.top_eigenvalue(quadratic([1.0, 0.99, 0.9], [1.0, 1.0, 1.0]), generator(), 1e-9, 3)
+    found = top_eigenvalue(quadratic([1.0, 0.99, 0.9], [1.0, 1.0, 1.0]), generator(), 1e-9, 3)
     assert (found.converged, found.iterations) == (False, 3)
     # Even so an eigenvalue is within the residual.
     assert min(abs(found.value - curvature) for curvature in (1.0, 0.99, 0.9)) <= found.residual
@@ -59,7 +60,7 @@ def test_a_cap_on_the_iterations_is_said():
 def test_the_rise_in_a_ball_is_exact_for_a_quadratic():
     """Up the gradient the loss rises by d ‖g‖ + d² g·Hg / (2 ‖g‖²), at random on average by d² tr(H) / 2n."""
     curvatures, weights, distances = [3.0, 7.0, 1.0], [1.0, -2.0, 3.0], [0.1, 0.5, 2.0]
-    measured = sharpness.measure(quadratic(curvatures, weights), distances, generator(), directions=4000)
+    measured = measure(quadratic(curvatures, weights), distances, generator(), directions=4000)
     gradient = [c * w for c, w in zip(curvatures, weights)]
     norm = math.hypot(*gradient)
     bend = sum(c * g * g for c, g in zip(curvatures, gradient)) / norm**2
@@ -103,7 +104,7 @@ def test_a_network_agrees_with_autograds_hessian(network):
     vector = torch.randn(len(weights), generator=generator())
     torch.testing.assert_close(landscape.hessian_vector_product(vector), hessian @ vector)
     torch.testing.assert_close(landscape.gradient(), torch.autograd.functional.jacobian(loss, weights))
-    found = sharpness.top_eigenvalue(landscape, generator(), 1e-3, 1000)
+    found = top_eigenvalue(landscape, generator(), 1e-3, 1000)
     assert found.converged
     assert found.value == pytest.approx(torch.linalg.eigvalsh(hessian)[-1].item(), rel=1e-3)
 
@@ -113,12 +114,12 @@ def test_measuring_leaves_the_network_as_it_was(network):
     model[1].eval()  # as if its user had frozen it
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
-    first = sharpness.measure(Landscape(model, batches), [0.1, 1000.0], generator())
+    first = measure(Landscape(model, batches), [0.1, 1000.0], generator())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
     assert all(param.grad is None for param in model.parameters())
     # Dropout has no say in it.
-    assert sharpness.measure(Landscape(model, batches), [0.1, 1000.0], generator()) == first
+    assert measure(Landscape(model, batches), [0.1, 1000.0], generator()) == first
 
 
 @pytest.mark.parametrize(("matmul", "convolution"), [("high", True), ("medium", False), ("highest", True)])
@@ -133,7 +134,7 @@ def test_sharpness_is_measured_without_tf32_which_is_as_before_afterwards(networ
     try:
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = convolution
-        sharpness.measure(Landscape(model, batches), [0.1], generator())
+        measure(Landscape(model, batches), [0.1], generator())
         assert seen == {("highest", False)}
         assert state() == (matmul, convolution)
         with pytest.raises(ZeroDivisionError), Landscape(model, batches).measuring():
@@ -180,8 +181,8 @@ def test_a_bf16_methods_sharpness_is_measured_in_float32():
     """The trainer has put autocast into its network's forward; the same weights have the same sharpness without."""
     images = data.load("digits", None, torch.device("cpu"), torch.contiguous_format)
     args = train.parse_args(["--device", "cpu", "--width", "4", "--sharpness-samples", "40"])
-    settings = train.options.settings(args)
-    plain, autocast = (train.Run(name, settings, 1, images, args).sharpness() for name in ("sgd", "sgd-bf16"))
+    settings, task = command_line.settings(args), command_line.task(args, images)
+    plain, autocast = (train.Run(name, settings, 1, task).sharpness() for name in ("sgd", "sgd-bf16"))
     assert plain == autocast
 
 
@@ -191,7 +192,7 @@ def test_only_finished_seeds_are_measured_and_the_budget_is_kept():
     args = train.parse_args([*arguments, "--device", "cpu"])
     curves, measured = train.train(images, args, deadline=math.inf)
     assert [len(curves["sgd"]), len(measured["sgd"])] == [2, 2]
-    assert len(measured["sgd"][0]["gradient_rise"]) == len(train.distances(args))
+    assert len(measured["sgd"][0]["gradient_rise"]) == len(command_line.DISTANCES)
     curves, measured = train.train(images, args, deadline=0.0)
     assert [len(curves["sgd"]), len(measured["sgd"])] == [1, 0]
     args.sharpness_samples = 0

@@ -7,8 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from benchmarks import step_cost
-from benchmarks.measure import ratio, spread, turn
+from benchmarks.commands import step_cost
+from benchmarks.measuring.clock import ratio, spread, turn
 
 COSTS = {"sgd": 0.2, "sgd-again": 0.2, "sam": 0.4, "esam": 0.35}
 PARTS = {"ascend": 0.17, "look": 0.07, "descend": 0.1, "base step": 0.01}

@@ -1,6 +1,5 @@
 """The native operators as torch operators, and what happens without them; test_operators.py has their values."""
 
-import json
 import os
 import subprocess
 import sys
@@ -214,34 +213,3 @@ def test_explain_names_native_or_the_obstacle():
         assert ops.explain(tensor).startswith("reference; not native: ")
         assert why in ops.explain(tensor)
     assert "no operators for meta" in native.unsupported(torch.ones(2, device="meta"))
-
-
-def test_absent_library_is_explained(monkeypatch, tmp_path):
-    report = tmp_path / "native_build.json"
-    monkeypatch.setattr(native, "_BUILD_REPORT", report)
-    assert "pip install" in native._load()["cpu"]
-    report.write_text(json.dumps({"cpu": "no compiler", "cuda": "no compiler"}))
-    monkeypatch.setattr(native, "_MISSING", native._load())
-    assert ops.explain(torch.ones(2)) == "reference; not native: no compiler"
-    report.write_text("{}")
-    monkeypatch.setattr(native, "_LIBRARY", tmp_path / "libesam_kernels.so")
-    assert "not loadable" in native._load()["cpu"]
-
-
-@pytest.mark.parametrize(
-    ("wanted", "compiler", "outcome"),
-    [
-        ("0", "c++", "ESAM_KERNELS_NATIVE was 0"),
-        ("auto", "no-such-compiler", "no-such-compiler: not found"),
-        ("require", "no-such-compiler", None),
-    ],
-)
-def test_build_that_fails_is_reported_or_an_error(wanted, compiler, outcome, tmp_path):
-    command = ["setup.py", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"]
-    environment = os.environ | {"ESAM_KERNELS_NATIVE": wanted, "CXX": compiler}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (done.returncode == 0) == (outcome is not None), done.stderr
-    if outcome is not None:
-        report = json.loads((tmp_path / "lib/esam_kernels/ops/native_build.json").read_text())
-        assert outcome in report["cpu"]
-        assert report["cpu"] in done.stderr

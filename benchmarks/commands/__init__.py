@@ -1,0 +1,1 @@
+"""The command of each benchmark: its arguments, and what it runs."""

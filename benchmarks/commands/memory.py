@@ -1,0 +1,159 @@
+"""Peak memory of ESAM for each of its options, beside that of SGD and SAM.
+
+What ESAM must hold beyond SGD is a copy of the weights that it has perturbed, from the perturbation until they are put
+back: the floor is one copy of the drawn weights. Against it stands that the last pass keeps the activations of the
+selected samples alone. Which of the two shows depends on the model, so there is one of either kind.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from esam_kernels import ops
+from esam_kernels.passes.draw import draw_tensors
+
+from .. import record
+from ..measuring.clock import peak_memory
+from ..report import tables
+from ..training import models
+from ..training.methods import METHODS, Method
+from ..training.trainers import Settings, trainer
+from . import command_line
+from .refusals import refusals
+
+STEPS = 3  # the first makes SGD's momentum; where every other step is ESAM's, the third is the first that counts
+# No weight decay: SGD holds a copy of gradients for it when ESAM's backup is gone, which would hide the backup.
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network with the initial weights of a seed, and the batch that it is trained on: images and their labels."""
+
+    label: str
+    make: Callable[[], nn.Module]
+    batch: tuple[int, ...]  # samples, and the shape of each
+    classes: int = 10
+
+
+def _mlp(*widths: int) -> nn.Module:
+    """Linear layers with ReLUs between them, over flattened images: many weights for few activations."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Flatten()]
+    for n_in, n_out in pairwise(widths):
+        layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+CASES = {
+    "resnet18": Case("ResNet-18 of width 32", lambda: models.build("resnet18", width=32), (64, 3, 32, 32)),
+    "mlp": Case("MLP of 12 layers of width 1024", lambda: _mlp(3072, *[1024] * 11, 10), (64, 3, 32, 32)),
+}
+
+
+ROWS = (
+    "sgd",
+    "sgd-4-micro-batches",
+    "sam",
+    "esam",
+    "esam-gamma1",
+    "esam-gamma0.25",
+    "esam-beta1",
+    "esam-beta0.3",
+    "esam-beta1-gamma1",
+    "esam-adaptive",
+    "esam-element",
+    "esam-loss",
+    "esam-interval2",
+    "esam-bf16",
+    "esam-4-micro-batches",
+    "esam-4-micro-batches-over-all",
+)
+
+
+def measure(case: Case, name: str, settings: Settings, device: torch.device) -> dict[str, int | None]:
+    """Bytes at the peak, of ESAM's largest backup beside momentum, and of one copy of the weights drawn for it."""
+    with backups() as sizes:
+
+        def work() -> None:
+            sizes.clear()  # of the run before, if this is not the first
+            model = case.make().to(device)
+            inputs = torch.rand(case.batch, device=device)
+            targets = torch.arange(len(inputs), device=device) % case.classes
+            one = trainer(name, model, settings, device)
+            for _ in range(STEPS):
+                one.step(inputs, targets)
+
+        peak = peak_memory(device, work)
+    method, weights = METHODS[name], list(case.make().parameters())
+    floor = None if method.trainer in ("sgd", "sgd-accumulated") else drawn_bytes(weights, method, settings)
+    return {"peak_bytes": peak, "backup_bytes": max(sizes[1:], default=None), "floor_bytes": floor}
+
+
+@contextmanager
+def backups() -> Iterator[list[int]]:
+    """The bytes of the backups that each perturbation inside the block fills."""
+    sizes: list[int] = []
+    perturb = ops.perturb_
+
+    def counted(params: Sequence[Tensor], grads: Sequence[Tensor], copies: Sequence[Tensor], *rest: Any) -> None:
+        sizes.append(sum(copy.nbytes for copy in copies))
+        perturb(params, grads, copies, *rest)
+
+    with patch.object(ops, "perturb_", counted):
+        yield sizes
+
+
+def drawn_bytes(params: Sequence[Tensor], method: Method, settings: Settings) -> int:
+    """Bytes of one copy of what is perturbed beside momentum, in the step with most: for single elements expected."""
+    esam = settings.by(method).esam
+    beta = 1.0 if method.trainer == "sam" else esam["beta"]
+    if esam["granularity"] == "element":
+        return round(beta * sum(param.nbytes for param in params))
+    counted = range(esam["interval"], STEPS, esam["interval"])
+    draws = [draw_tensors(range(len(params)), beta, esam["seed"], step) for step in counted]
+    return max(sum(params[i].nbytes for i in draw) for draw in draws)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = command_line.base_parser(__doc__ or "")
+    parser.add_argument("--models", nargs="+", choices=CASES, default=[*CASES], help="default: all")
+    command_line.add_esam(parser)
+    parser.set_defaults(**SGD)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure every option on every model, write the result and print the tables."""
+    args = make_parser().parse_args(argv)
+    settings = command_line.settings(args)
+    with refusals(make_parser()):
+        command_line.require_device(args)
+        for name in ROWS:
+            trainer(name, nn.Linear(1, 1), settings, torch.device("cpu"))
+    result = record.header("memory", "random images", args)
+    result["settings"]["steps"] = STEPS
+    result["cases"] = {}
+    with tqdm(total=len(args.models) * len(ROWS)) as progress:
+        for name in args.models:
+            case, rows = CASES[name], {}
+            for row in ROWS:
+                label = METHODS[row].label
+                progress.set_description(f"{name}, {label}")
+                rows[label] = measure(case, row, settings, torch.device(args.device))
+                progress.update()
+            with torch.device("meta"):
+                weights = sum(param.nbytes for param in case.make().parameters())
+            about = {"label": case.label, "batch_size": case.batch[0], "weight_bytes": weights}
+            result["cases"][name] = {**about, "rows": rows}
+    record.save(result, args.output, f"memory_{args.device}")
+    print(tables.memory(result))

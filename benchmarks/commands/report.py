@@ -1,0 +1,37 @@
+"""All results as one page, as Markdown, and in short in the README, each made from the JSON files and nothing else.
+
+``report.html`` holds everything and needs no network; ``report.md`` holds the same for reading on a code host.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import record
+from ..report import documents
+from .refusals import refusals
+
+README = record.RESULTS.parent.parent / "README.md"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the report, and the README's sections if it is about this repository's own results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=record.RESULTS,
+        metavar="FOLDER",
+        help="where the JSON files are and the report goes; default: benchmarks/results, which the README shows too",
+    )
+    folder = parser.parse_args(argv).results
+    with refusals(parser):
+        results = record.load(folder)
+        if not results:
+            raise ValueError(f"--results {folder}: no results are there, which the other commands write")
+        list(documents.by_kind(results))  # so that an unknown kind is refused before anything is written
+    documents.write(folder)
+    if folder.resolve() == record.RESULTS.resolve():
+        with refusals(parser):
+            README.write_text(documents.update(README.read_text(), results))
+    print(f"Written to {folder}: report.html, report.md")

@@ -1,0 +1,1 @@
+"""Time and memory, and what they were measured on."""

@@ -1,0 +1,415 @@
+"""Results as Markdown tables, and the line that says on what they were measured."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from esam_kernels.options import count_of
+
+from ..record import mean_and_std
+from ..training.catalogue import LANGUAGE_WIDTHS, WIDTHS
+from ..training.methods import METHODS
+
+PANELS = ("equal_epochs", "equal_time")  # of a frontier's result
+
+
+class Table(NamedTuple):
+    """A table as it is read back from its Markdown."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def summary(results: Iterable[dict[str, Any]]) -> str:
+    """One table over results of whole methods: what SAM and ESAM cost over SGD, and what ESAM buys."""
+    columns = [
+        "measured",
+        "SAM",
+        "ESAM",
+        "ESAM, bf16 steering",
+        "gain over SGD",
+        "gain over SAM",
+        "peak memory over SGD",
+    ]
+    rows = []
+    for result in results:
+        methods = result["methods"]
+        costs = [
+            _cost(methods[name]["time_over_sgd"]) if name in methods else "" for name in ("sam", "esam", "esam-bf16")
+        ]
+        gains = [_gain(result, "esam", other) for other in ("sgd", "sam")]
+        peaks = [methods.get(name, {}).get("peak_memory_bytes") for name in ("sgd", "esam")]
+        rows.append([subject(result), *costs, *gains, f"{peaks[1] / peaks[0]:.2f}" if all(peaks) else ""])
+    return table(columns, rows)
+
+
+def _gain(result: dict[str, Any], name: str, other: str) -> str:
+    """By how much a method's accuracy exceeds another's, over the seeds that both finished without diverging."""
+    if not {name, other} <= result.get("curves", {}).keys():
+        return ""
+    ours, others = sound_curves(result, name), sound_curves(result, other)
+    gains = [ours[seed][-1]["test_accuracy"] - others[seed][-1]["test_accuracy"] for seed in ours if seed in others]
+    if not gains:
+        return ""
+    return f"{mean(gains):+.2f}" + (f" ± {stdev(gains):.2f}" if len(gains) > 1 else "")
+
+
+def sound_curves(result: dict[str, Any], name: str) -> dict[int, list[dict[str, Any]]]:
+    """A method's curves of training by their seeds: those that are as long as can be and did not diverge."""
+    method = result["methods"][name]
+    return {
+        seed: curve
+        for seed, curve in enumerate(result["curves"][name])
+        if len(curve) == method["epochs"] and seed not in method.get("diverged_seeds", ())
+    }
+
+
+def subject(result: dict[str, Any]) -> str:
+    """What a result is about, in a few words: its benchmark's data, network, batch and device."""
+    settings = result["settings"]
+    width = f" of width {settings['width']}" if settings.get("width") else ""
+    network = [f"{settings['model']}{width}"] if "model" in settings else []
+    batch = [f"batch {settings['batch_size']}"] if "batch_size" in settings else []
+    amp = [f"{settings['amp']} autocast"] if settings.get("amp") else []
+    return ", ".join([result["data"], *network, *batch, *amp, settings["device"].upper()])
+
+
+def train(result: dict[str, Any]) -> str:
+    """The tables of a training result: accuracy, time and memory of each method, and the sharpness of what it found."""
+    settings, methods = result["settings"], result["methods"]
+    columns = ["optimizer", "test accuracy, %", "step, ms", "cost over SGD", "peak memory, MB"]
+    rows = []
+    for method in methods.values():
+        accuracy = {"mean": method["test_accuracy_mean"], "std": method["test_accuracy_std"]}
+        rows.append(
+            [
+                method["label"],
+                _accuracy(accuracy, len(method.get("diverged_seeds", ())), method["seeds"]),
+                f"{1e3 * method['seconds_per_step']['median']:.1f}",
+                _cost(method["time_over_sgd"]),
+                f"{method['peak_memory_bytes'] / 1e6:.0f}",
+            ]
+        )
+    method = next(iter(methods.values()))
+    epochs = f"{method['epochs']} epochs"
+    if method["epochs"] < settings["epochs"]:
+        epochs = f"stopped by the time budget after {method['epochs']} of {settings['epochs']} epochs"
+    amp = f", {settings['amp']} autocast" if settings["amp"] else ""
+    caption = (
+        f"{result['data']}, {settings['model']}, batch {settings['batch_size']}{amp}, {epochs}, "
+        f"{_seeds(method['seeds'])}, rho {settings['rho']}, beta {settings['beta']}, gamma {settings['gamma']}. "
+        f"{machine(result)}"
+    )
+    found = {methods[name]["label"]: measured for name, measured in result["sharpness"]["seeds"].items()}
+    return "\n\n".join([table(columns, rows), caption, *sharpness(result, {"": found})])
+
+
+def frontier(result: dict[str, Any]) -> str:
+    """The tables of a sweep: each configuration's cost, accuracy at equal epochs and at equal time, and sharpness."""
+    settings, configurations = result["settings"], result["configurations"]
+    finished = result["runs"]["finished"] == result["runs"]["planned"]
+    columns = ["configuration", "training time over SGD", f"accuracy at {settings['epochs']} epochs, %"]
+    columns += [*(["Pareto front"] if finished else []), "epochs in SGD's time", "accuracy, %", "time taken over SGD"]
+    rows = []
+    for one in configurations.values():
+        by_epochs, by_time, sgd = one["equal_epochs"], one["equal_time"], configurations["sgd"]["equal_time"]
+        row = [one["label"], f"{one['training_time_over_sgd']:.2f}", _panel_accuracy(by_epochs)]
+        row += ["yes" if by_epochs["on_front"] else ""] if finished else []
+        row += [str(by_time["epochs"]) if by_time else "", _panel_accuracy(by_time)]
+        rows.append([*row, f"{by_time['seconds'] / sgd['seconds']:.2f}" if by_time and sgd else ""])
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {"": {}, "in SGD's time: ": {}}
+    for one in configurations.values():
+        for prefix, panel in zip(found, PANELS):
+            runs = one[panel]["runs"] if one[panel] else []
+            found[prefix][one["label"]] = [run["sharpness"] for run in runs if run["sharpness"]]
+    return "\n\n".join([table(columns, rows), _about_sweep(result, finished), *sharpness(result, found)])
+
+
+def _about_sweep(result: dict[str, Any], finished: bool) -> str:
+    """What a reader must know of a sweep to judge its tables."""
+    settings, configurations, runs = result["settings"], result["configurations"], result["runs"]
+    amp = f", {settings['amp']} autocast" if settings["amp"] else ""
+    by_epochs, by_time = (
+        max(one[panel]["seeds"] if one[panel] else 0 for one in configurations.values()) for panel in PANELS
+    )
+    sentences = [
+        f"{result['data']}, {settings['model']}, batch {settings['batch_size']}{amp}, rho {settings['rho']}, beta "
+        f"{settings['beta']}, gamma {settings['gamma']} unless the row says otherwise; the learning rate anneals over "
+        "a run's own epochs.",
+        f"Accuracy is of {_seeds(by_epochs)} at equal epochs and of {_seeds(by_time)} in SGD's time.",
+        f"Training time is that at equal epochs, from a step's, the median of {settings['rounds']} interleaved rounds.",
+    ]
+    sentences += [
+        f"{one['label']!r} trains for {one['equal_epochs']['epochs']} of the {settings['epochs']} epochs only, and for "
+        "as small a share of SGD's time."
+        for one in configurations.values()
+        if one["equal_epochs"] and one["equal_epochs"]["epochs"] < settings["epochs"]
+    ]
+    tried = len(settings["configurations"])
+    sentences.append(
+        f"{tried} configurations were tried, on the images that accuracy is of: the best of them is so in part by luck."
+    )
+    if finished:
+        sentences.append(
+            "The Pareto front is of all of them, and of means: within their deviations it could be another."
+        )
+    else:
+        sentences.append(f"Stopped after {runs['finished']} of {runs['planned']} runs: there is no Pareto front yet.")
+    if any(one[panel] and one[panel].get("diverged_seeds") for one in configurations.values() for panel in PANELS):
+        sentences.append("Seeds that diverged have no part in the means, nor their configuration in the front.")
+    return " ".join([*sentences, machine(result)])
+
+
+def sharpness(result: dict[str, Any], found: Mapping[str, Mapping[str, Sequence[dict[str, Any]]]]) -> list[str]:
+    """The table of how sharp what was found is, and its caption; nothing if that was not measured.
+
+    Args:
+        result: of networks that were trained.
+        found: for each group of columns, by what their names begin with, the measurements at each row, one a seed. The
+            first group has all radii, the others only that of the settings.
+    """
+    measured = [one for group in found.values() for seeds in group.values() for one in seeds]
+    measured = [one for i, one in enumerate(measured) if one not in measured[:i]]  # a run may be in two groups
+    if not measured:
+        return []
+    distances, rho = result["sharpness"]["distances"], result["settings"]["rho"]
+    tolerance = result["sharpness"].get("tolerance", 0.05)  # which results did not say at first
+    columns, rows = (
+        ["network trained by", "norm of the weights"],
+        {label: [label] for label in next(iter(found.values()))},
+    )
+    for prefix, group in found.items():
+        radii = [i for i, distance in enumerate(distances) if distance == rho or not prefix]
+        columns += [f"{prefix}top eigenvalue", *(f"{prefix}loss rise at {distances[i]:.3g}" for i in radii)]
+        for label, seeds in group.items():
+            rows[label] += [] if prefix else [_over_seeds([one["weight_norm"] for one in seeds], 3)]
+            rows[label].append(_eigenvalue([one["hessian"] for one in seeds]))
+            rows[label] += [_over_seeds([one["gradient_rise"][i] for one in seeds]) for i in radii]
+    converged = sum(one["hessian"]["converged"] for one in measured)
+    caption = (
+        f"Sharpness is of the loss over {result['settings']['sharpness_samples']} training images, without "
+        "augmentation. Loss rise: from the weights to the point at that distance straight up the gradient, a lower "
+        "bound of the largest rise in the ball of that radius. Top eigenvalue of the Hessian, by power iteration, "
+        f"which comes from below: {converged} of {len(measured)} converged, to a residual of {100 * tolerance:g} %."
+    )
+    return [table(columns, rows.values()), caption]
+
+
+def step_cost(result: dict[str, Any]) -> str:
+    """The tables of a step's cost: the methods, the parts of ESAM's step with its floor, and how well bf16 steers."""
+    methods = [[method["label"], *_time(method)] for method in result["methods"].values()]
+    parts = [[name, *_time(part)] for name, part in result["parts"].items()]
+    parts.append(["floor: the passes and the base step alone", *_time(result["floor"])])
+    settings, steering = result["settings"], result["steering"]
+    findings = (
+        f"ESAM's whole step takes {_ratio(result['whole_over_parts'])} times the sum of its parts and "
+        f"{_ratio(result['whole_over_floor'])} times its floor. SGD, entered a second time, differs from itself by "
+        f"{100 * result['aa_difference']:+.1f} %."
+    )
+    if steering:
+        by_chance = count_of(settings["gamma"], settings["batch_size"]) / settings["batch_size"]
+        findings += (
+            f" Steered in bf16, the ascent gradient has a cosine of {steering['cosine']:.4f} with float32's, and "
+            f"{100 * steering['overlap']:.1f} % of the selected samples are the same, where "
+            f"{100 * by_chance:.1f} % would be so by chance."
+        )
+    published = WIDTHS[settings["model"]]
+    width = f" of width {settings['width']}" if settings["width"] else ""
+    if settings["width"] and settings["width"] < published:
+        width += f" (a scaled-down stand-in: the published one's is {published})"
+    amp = f", {settings['amp']} autocast" if settings["amp"] else ""
+    size = f"{settings['image_size']}x{settings['image_size']} images ({result['data']})"
+    if settings["model"] in LANGUAGE_WIDTHS:
+        size = f"sequences of up to {settings['context']} out of {settings['vocabulary']} tokens"
+    caption = (
+        f"{settings['model']}{width}, batch {settings['batch_size']}{amp}, {size}, medians and quartiles of "
+        f"{result['rounds']} interleaved rounds; operators: {result['backend']}. {machine(result)}"
+    )
+    missing = "; ".join(f"{METHODS[name].label}: {why}" for name, why in result["left_out"].items())
+    return "\n\n".join(
+        [
+            table(["step", "ms", "over SGD"], methods),
+            *([f"Left out: {missing}."] if missing else []),
+            table(["part of ESAM's step", "ms", "over SGD"], parts),
+            findings,
+            caption,
+        ]
+    )
+
+
+def rounding(result: dict[str, Any]) -> str:
+    """The table of what rounding the perturbation of bf16 weights does."""
+    columns = ["method, weights, rounding of e", "test accuracy, %", "projection on e", "length over e's"]
+    rows = [
+        [
+            label,
+            _accuracy(row.get("test_accuracy"), row.get("diverged", 0), result["settings"]["seeds"]),
+            *(f"{row[name]['mean']:.3f}" if name in row else "" for name in ("projection", "length")),
+        ]
+        for label, row in result["rows"].items()
+    ]
+    settings = result["settings"]
+    caption = (
+        f"{result['data']}, perceptron with two hidden layers of {settings['width']}, batch {settings['batch_size']}, "
+        f"{settings['epochs']} epochs, {_seeds(settings['seeds'])}, beta {settings['beta']}, "
+        f"gamma {settings['gamma']}. Projection and length are those of the weights' real move at the end of training. "
+        f"{machine(result)}"
+    )
+    return f"{table(columns, rows)}\n\n{caption}"
+
+
+def memory(result: dict[str, Any]) -> str:
+    """The tables of peak memory: for each model every option of ESAM, with its backup and the floor under it."""
+    parts = []
+    for case in result["cases"].values():
+        sgd = case["rows"]["SGD"]["peak_bytes"]
+        rows = []
+        for label, row in case["rows"].items():
+            peak, copies = row["peak_bytes"], (row["backup_bytes"], row["floor_bytes"])
+            cells = [_megabytes(peak), f"{peak / sgd:.3f}", f"{(peak - sgd) / 1e6:+.1f}", *map(_megabytes, copies)]
+            rows.append([label, *cells])
+        columns = ["optimizer", "peak, MB", "over SGD", "more than SGD, MB", "backup, MB", "floor, MB"]
+        about = f"{case['label']}, {_megabytes(case['weight_bytes'])} MB of weights, batch {case['batch_size']}."
+        parts += [about, table(columns, rows)]
+    settings = result["settings"]
+    caption = (
+        f"Peak of {settings['steps']} steps, SGD having momentum, beta {settings['beta']}, gamma {settings['gamma']} "
+        "where nothing else is said: weights, gradients, momentum, activations, the batch and what a step makes "
+        "besides. Backup: what ESAM copies before it perturbs. Floor: one copy of the weights that are perturbed. "
+        f"{machine(result)}"
+    )
+    return "\n\n".join([*parts, caption])
+
+
+def operators(result: dict[str, Any]) -> str:
+    """The tables of the operators: those over lists of weights, and the selection of samples."""
+    rows = result["operators"]
+    over_weights = [row for row in rows if row["operator"] != "select_top"]
+    over_samples = [row for row in rows if row["operator"] == "select_top"]
+    settings = result["settings"]
+    caption = (
+        f"Medians of {settings['repeats']} interleaved rounds, backend {result['backend']}. A rival's column has its "
+        "time over that of esam_kernels: above 1, it is slower. A share of a copy is that of the bandwidth of one "
+        f"large copy in the same rounds; what fits in a cache exceeds it. {machine(result)}"
+    )
+    return "\n\n".join([*(_operators(group) for group in (over_weights, over_samples) if group), caption])
+
+
+def _operators(rows: list[dict[str, Any]]) -> str:
+    rivals = list(dict.fromkeys(who for row in rows for who in row["rivals"] if who != "esam_kernels"))
+    on_gpu = rows[0]["rivals"]["esam_kernels"]["launches"] is not None
+    columns = [
+        "operator",
+        "over",
+        "µs",
+        *(["µs of the host", "launches"] if on_gpu else []),
+        "share of a copy",
+        *rivals,
+    ]
+    lines = []
+    for row in rows:
+        ours = row["rivals"]["esam_kernels"]
+        host = [f"{ours['host_us']:.1f}", str(ours["launches"])] if on_gpu else []
+        over = [f"{row['rivals'][who]['us'] / ours['us']:.2f}" if who in row["rivals"] else "" for who in rivals]
+        cells = [f"{ours['us']:.1f}", *host, f"{ours['share_of_copy_bandwidth']:.0%}", *over]
+        lines.append([row["operator"], row["on"], *cells])
+    return table(columns, lines)
+
+
+def machine(result: dict[str, Any]) -> str:
+    """One line on where and with what a result was measured."""
+    env = result["environment"]
+    units = ", with bf16 matrix units" if env["cpu_bf16_matrix_units"] else ", without bf16 matrix units"
+    cpu = f"{env['cpu']}, {env['cpu_cores']} cores{units}"
+    device = env["gpu"] if result["settings"]["device"] == "cuda" else cpu
+    if result["settings"]["device"] == "cuda":
+        matmul, convolution = ("with" if env[f"tf32_{what}"] else "without" for what in ("matmul", "convolution"))
+        device += f", matrix products {matmul} TF32, convolutions {convolution}"
+    dirty = " with uncommitted changes" if env["uncommitted_changes"] else ""
+    return f"{device}; torch {env['torch']}; commit {env['commit']}{dirty}; {env['date']}."
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table with numbers to the right, whose columns also line up as plain text."""
+    columns, *rows = [[cell.replace("|", r"\|") for cell in cells] for cells in [columns, *rows]]
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(cells, widths))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    return "\n".join(line(cells) for cells in [columns, rule, *rows])
+
+
+def blocks(markdown: str) -> Iterator[str | Table]:
+    """The paragraphs and tables of Markdown that is made of ``table`` and of plain paragraphs."""
+    for block in markdown.split("\n\n"):
+        if block.startswith("| "):
+            columns, _, *rows = [
+                [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+                for line in block.splitlines()
+            ]
+            yield Table(columns, rows)
+        else:
+            yield block
+
+
+def _cost(time_over_sgd: dict[str, float] | None) -> str:
+    return f"{100 * (time_over_sgd['median'] - 1):+.0f} %" if time_over_sgd else ""
+
+
+def _megabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:.1f}"
+
+
+def _time(row: dict[str, Any]) -> list[str]:
+    return [_milliseconds(row["seconds"]), _ratio(row["time_over_sgd"])]
+
+
+def _seeds(number: int) -> str:
+    return "1 seed" if number == 1 else f"{number} seeds (mean ± standard deviation)"
+
+
+def _panel_accuracy(panel: dict[str, Any] | None) -> str:
+    """The cell on a configuration's accuracy in a panel of the frontier."""
+    return _accuracy(panel["test_accuracy"], len(panel.get("diverged_seeds", ())), panel["seeds"]) if panel else ""
+
+
+def _accuracy(values: dict[str, float | None] | None, diverged: int, seeds: int) -> str:
+    """Accuracy over the seeds that did not diverge, and how many did."""
+    if values is None or values["mean"] is None:
+        return "diverged"
+    return _mean_and_std(values, ".2f") + (f", {diverged} of {seeds} diverged" if diverged else "")
+
+
+def _eigenvalue(found: Sequence[dict[str, Any]]) -> str:
+    """The cell on the top eigenvalue, which says how many converged if not all did."""
+    converged = sum(one["converged"] for one in found)
+    suffix = f", {converged} of {len(found)} converged" if converged < len(found) else ""
+    return _over_seeds([one["value"] for one in found]) + suffix
+
+
+def _over_seeds(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation of what was measured from each seed, to significant digits; nothing of nothing."""
+    found = mean_and_std(values)
+    if found is None:
+        return ""
+    # Rounded first, then written without an exponent where that is short.
+    parts = [f"{float(f'{value:.{digits}g}'):g}" for value in found.values() if value is not None]
+    return " ± ".join(parts)
+
+
+def _mean_and_std(values: dict[str, float | None], form: str) -> str:
+    """Mean ± standard deviation, the latter only if there are several values."""
+    spread = "" if values["std"] is None else f" ± {values['std']:{form}}"
+    return f"{values['mean']:{form}}{spread}"
+
+
+def _milliseconds(seconds: dict[str, float]) -> str:
+    return f"{1e3 * seconds['median']:.2f} ({1e3 * seconds['low']:.2f} to {1e3 * seconds['high']:.2f})"
+
+
+def _ratio(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"

@@ -1,0 +1,119 @@
+"""What the benchmarks that train to the end have in common: their task, and one network's way through it."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from tqdm import tqdm
+
+from ..measuring.clock import Stopwatch
+from . import landscape, models
+from .data import ImageData
+from .trainers import Settings, trainer
+
+TEST_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all methods of a benchmark have alike: images, a network, where they are, and what is asked of it.
+
+    Attributes:
+        images: to train and to test on.
+        model: one of ``models.MODELS``.
+        width: of the network; None: its published one.
+        batch_size: of training.
+        memory_format: the order of the dimensions of images and weights.
+        sharpness_samples: training images on which sharpness is measured; 0: it is not.
+        distances: from the weights, at which it is.
+    """
+
+    images: ImageData
+    model: str
+    width: int | None
+    device: torch.device
+    memory_format: torch.memory_format
+    batch_size: int
+    sharpness_samples: int
+    distances: tuple[float, ...]
+
+    def network(self, seed: int) -> nn.Module:
+        """The network with the initial weights of a seed."""
+        shape = {"channels": self.images.channels, "classes": self.images.classes}
+        model = models.build(self.model, width=self.width, seed=seed, **shape)
+        return model.to(self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+
+    def require_valid(self, methods: Iterable[str], settings: Settings) -> None:
+        """Make the network and each method with its options once, before anything is measured.
+
+        Raises:
+            ValueError: the network's or an optimizer's, which says what option it does not take.
+        """
+        self.network(seed=0)
+        for name in methods:
+            trainer(name, nn.Linear(1, 1), settings, torch.device("cpu"))
+
+
+class Run:
+    """One network in training, by one method from one seed.
+
+    Attributes:
+        curve: for each epoch its seconds of training, mean training loss (None if it is not finite) and, if tested,
+            test accuracy in percent.
+    """
+
+    def __init__(self, name: str, settings: Settings, epochs: int, task: Task) -> None:
+        self.task = task
+        self.trainer = trainer(name, task.network(settings.seed), settings, task.device)
+        self.scheduler = CosineAnnealingLR(self.trainer.optimizer, T_max=epochs)
+        self.generator = torch.Generator(task.device).manual_seed(settings.seed)
+        self.stopwatch = Stopwatch(task.device)
+        self.curve: list[dict[str, Any]] = []
+
+    def train_epoch(self, progress: tqdm, test: bool = True) -> None:
+        """Train for an epoch, and test; host and device meet only at its end."""
+        self.stopwatch.mark()
+        losses = []
+        for inputs, targets in self.task.images.train_batches(self.task.batch_size, self.generator):
+            losses.append(self.trainer.step(inputs, targets))
+            progress.update()
+        self.stopwatch.mark()
+        self.scheduler.step()
+        (seconds,) = self.stopwatch.laps()
+        loss = torch.stack(losses).mean().item()
+        self.curve.append({"seconds": seconds, "train_loss": loss if math.isfinite(loss) else None})
+        if test:
+            self.curve[-1]["test_accuracy"] = self.accuracy()
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last epoch's loss is not finite."""
+        return bool(self.curve) and self.curve[-1]["train_loss"] is None
+
+    @torch.inference_mode()
+    def accuracy(self) -> float:
+        """Share of the test images that are classified correctly, in percent."""
+        self.trainer.model.eval()
+        batches = self.task.images.test_batches(TEST_BATCH)
+        right = sum((self.trainer.model(images).argmax(1) == labels).sum() for images, labels in batches)
+        self.trainer.model.train()
+        return 100 * int(right) / len(self.task.images.test_labels)
+
+    def sharpness(self) -> dict[str, Any] | None:
+        """How sharp the minimum is that was reached, in the precision of the weights whatever the method trained in.
+
+        None if this is not asked for, or if there is no minimum as training diverged.
+        """
+        task = self.task
+        if self.diverged or not task.sharpness_samples:
+            return None
+        # A copy, since a trainer may have put autocast into its network's forward.
+        model = task.network(seed=0)
+        model.load_state_dict(self.trainer.model.state_dict())
+        samples = list(task.images.training_sample(task.sharpness_samples, task.batch_size))
+        generator = torch.Generator(task.device).manual_seed(0)  # the same random directions for all
+        return landscape.measure(landscape.Landscape(model, samples), task.distances, generator)
