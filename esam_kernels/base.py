@@ -2,7 +2,8 @@
 
 import inspect
 import itertools
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,28 @@ def of_base(name: str) -> Any:
 def params_of(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
     """All parameters of the groups, in the order of the state dict."""
     return [param for group in groups for param in group["params"]]
+
+
+def keep_contents(base: torch.optim.Optimizer) -> Callable[[], None]:
+    """Keep which groups and state an optimizer has; the function that is returned puts them back."""
+    groups, state = base.param_groups, base.state
+    of_groups = [(group, dict(group)) for group in groups]
+    of_state = [(key, value, dict(value) if isinstance(value, dict) else None) for key, value in state.items()]
+
+    def put_back() -> None:
+        base.param_groups, base.state = groups, state
+        groups[:] = [group for group, _ in of_groups]
+        for group, contents in of_groups:
+            group.clear()
+            group.update(contents)
+        state.clear()
+        for key, value, of_value in of_state:
+            state[key] = value
+            if of_value is not None:
+                value.clear()
+                value.update(of_value)
+
+    return put_back
 
 
 def make_base(
@@ -55,7 +78,9 @@ def make_base(
         if base_options:
             raise ValueError(f"{next(iter(base_options))} cannot be set: the base optimizer is made already")
         check_not_empty(params_of(base.param_groups))
-        return base, {name: f"esam_{name}" if name in base.defaults else name for name in STORED}
+        # Groups may have been given a rho, say, when the base was made; what may not differ between groups was not.
+        own = [name for name, option in STORED.items() if option.per_group]
+        return base, _keys(base, [own] * len(base.param_groups))
     taken = sorted(OPTIONS.keys() & inspect.signature(kind).parameters.keys())
     if taken:
         raise ValueError(
@@ -64,9 +89,28 @@ def make_base(
         )
     params = params if isinstance(params, Tensor) else list(params)
     check_not_empty(params)
+    given = [list(group) if isinstance(group, dict) else [] for group in params] if isinstance(params, list) else []
     made = base(params, **base_options)
     check_not_empty(params_of(made.param_groups))
-    return made, {name: name for name in STORED}
+    if len(given) != len(made.param_groups):  # parameters without groups, which are one
+        given = [sorted({key for keys in given for key in keys})] * len(made.param_groups)
+    return made, _keys(made, given)
+
+
+def _keys(base: torch.optim.Optimizer, given: Sequence[Collection[str]]) -> dict[str, str]:
+    """Under which key each of ESAM's options stands in the groups: ``esam_rho`` where the base has a rho of its own.
+
+    Args:
+        base: the optimizer, whose groups may hold more than its defaults.
+        given: for each of its groups, the keys that whoever made the groups may have meant for ESAM.
+    """
+    taken = set(base.defaults)
+    for group, keys in zip(base.param_groups, given):
+        if STEP in group:  # from a checkpoint of another ESAM, which has told them apart
+            taken.update(name for name in STORED if f"esam_{name}" in group)
+        else:
+            taken.update(group.keys() - set(keys))
+    return {name: f"esam_{name}" if name in taken else name for name in STORED}
 
 
 def check_params(groups: Sequence[dict[str, Any]]) -> None:
@@ -81,7 +125,7 @@ def check_params(groups: Sequence[dict[str, Any]]) -> None:
         for param in group["params"]:
             if param.is_complex():
                 raise ValueError(
-                    f"a parameter of shape {list(param.shape)} is {param.dtype}: ESAM takes real parameters; "
+                    f"{_described(param)} is {param.dtype}: ESAM takes real parameters; "
                     "torch.view_as_real gives such a one"
                 )
 
@@ -90,8 +134,14 @@ def check_storage(params: Sequence[Tensor]) -> None:
     """Refuse parameters that share elements: the backup of one would hold the perturbed elements of the other.
 
     Raises:
-        ValueError: if two do, or one holds an element twice.
+        ValueError: if two do, one is there twice, or one holds an element twice.
     """
+    for param, count in Counter(params).items():
+        if count > 1:
+            raise ValueError(
+                f"{_described(param)} is {count} times in the list: tied weights are trained as one parameter, "
+                "whichever place it is listed for, so list it once, for example list(dict.fromkeys(params))"
+            )
     stored = [local_shard(param) for param in params if not is_lazy(param) and param.device.type != "meta"]
     stored = [param for param in stored if param.numel() > 0]
     spans = sorted(((*_span(param), i) for i, param in enumerate(stored)), key=lambda span: span[:2])
@@ -145,6 +195,10 @@ def check_not_empty(params: Any) -> None:
             "got an empty parameter list: give the parameters that are to be trained, such as model.parameters(), "
             "which can be gone through only once"
         )
+
+
+def _described(param: Tensor) -> str:
+    return "a parameter that is not initialized" if is_lazy(param) else f"a parameter of shape {list(param.shape)}"
 
 
 def _check_same_params(params: Iterable[Any] | None, base: torch.optim.Optimizer) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 from collections import UserDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,12 @@ from torch import Tensor, nn
 Losses = Tensor | tuple[Tensor, Tensor]
 # Called with None for the whole batch, or with an int64 tensor of row numbers.
 Closure = Callable[[Tensor | None], Losses]
+
+# For batches that batch_closure cannot take rows of.
+BY_HAND = (
+    "for rows of any other kind write closure(index) by hand, which returns the losses of the rows in index (int64, "
+    "shape [k]; None: of all), and give ESAM(..., model=model)"
+)
 
 
 class BatchClosure:
@@ -23,16 +29,24 @@ class BatchClosure:
         inputs: Any,
         targets: Any,
         shared: Collection[str],
+        size: int,
     ) -> None:
         self.model = model
         self.loss_fn = loss_fn
+        self.size = size  # the number of rows
         self._inputs = inputs
         self._targets = targets
         self._shared = frozenset(shared)
 
     def __call__(self, index: Tensor | None = None) -> Losses:
-        """Losses of the whole batch, or of the rows in ``index`` (int64, shape [k])."""
+        """Losses of the whole batch, or of the rows in ``index`` (int64, shape [k]).
+
+        Raises:
+            ValueError: if there is not one loss for each row, or the batch was written to, which the next pass sees.
+        """
         inputs, targets = self._inputs, self._targets
+        tensors = list(self._tensors())
+        versions = [tensor._version for _, tensor in tensors]
         if index is not None:
             inputs = _map_rows(inputs, "inputs", self._shared, lambda rows, _: _take(rows, index))
             targets = _map_rows(targets, "targets", self._shared, lambda rows, _: _take(rows, index))
@@ -42,7 +56,20 @@ class BatchClosure:
             outputs = self.model(*inputs)
         else:
             outputs = self.model(inputs)
-        return self.loss_fn(outputs, targets)
+        result = self.loss_fn(outputs, targets)
+        for (path, tensor), version in zip(tensors, versions):
+            if tensor._version != version:
+                raise ValueError(
+                    f"the model or the loss function writes into {path} in place, which the next pass would see: let "
+                    "it write into a copy (x = x.clone(), or inplace=False in the first layer)"
+                )
+        _check_rows(result, self.size if index is None else len(index))
+        return result
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for path, tensor in (*_tensors_of(self._inputs, "inputs"), *_tensors_of(self._targets, "targets")):
+            if not tensor.is_inference():  # those have no version, and nobody can write into them
+                yield path, tensor
 
 
 def batch_closure(
@@ -58,7 +85,9 @@ def batch_closure(
     Args:
         model: called as ``model(inputs)``, ``model(*inputs)`` for a list or tuple, ``model(**inputs)`` for a mapping.
         loss_fn: called as ``loss_fn(outputs, targets)``; returns one loss per sample, shape [b], for example with
-            ``reduction="none"``, or (losses, weights) of shape [b] each, whose weighted mean is trained on.
+            ``reduction="none"``, or (losses, weights) of shape [b] each, whose weighted mean is trained on. Rows that
+            do not count have the loss 0 and the weight 0. ``token_loss`` is one for tokens. With ``gamma=1`` it may
+            return one loss of the whole batch, see ``ESAM.backward``.
         inputs: a tensor, or lists, tuples and mappings of them, nested in any way. Rows are taken along the first
             dimension, which is the batch's in every tensor. Numbers and None are passed on as they are.
         targets: the same, or None.
@@ -75,7 +104,10 @@ def batch_closure(
 
     def measure(rows: Tensor, path: str) -> Tensor:
         if rows.dim() == 0:
-            raise ValueError(f"{path} has no dimension to take rows along: name it as shared=({path!r},)")
+            raise ValueError(
+                f"{path} has no dimension to take rows along: name it as shared=({path!r},) if it belongs to the whole "
+                f"batch; {BY_HAND}"
+            )
         sizes[path] = len(rows)
         return rows
 
@@ -86,15 +118,43 @@ def batch_closure(
             f"shared names {unknown[0]!r}, which the batch does not have: paths begin with inputs or targets"
         )
     if not sizes:
-        raise ValueError("the batch has no tensor to take rows of")
+        raise ValueError(f"the batch has no tensor to take rows of: {BY_HAND}")
     first, size = next(iter(sizes.items()))
     for path, other in sizes.items():
         if other != size:
             raise ValueError(
                 f"{path} has {other} rows but {first} has {size}: "
-                f"name it as shared=({path!r},) if it belongs to the whole batch"
+                f"name it as shared=({path!r},) if it belongs to the whole batch; {BY_HAND}"
             )
-    return BatchClosure(model, loss_fn, inputs, targets, shared)
+    return BatchClosure(model, loss_fn, inputs, targets, shared, size)
+
+
+def _check_rows(result: Any, rows: int) -> None:
+    """Refuse losses of another number than the rows: a selection among them would train on other rows."""
+    losses = result[0] if isinstance(result, tuple) and len(result) == 2 else result
+    if not isinstance(losses, Tensor) or losses.dim() != 1 or len(losses) == rows:
+        return  # or refused wherever it comes from
+    fix = (
+        "return one for each row, in the order of the batch, and for rows that do not count 0 with the weight 0 as "
+        "(losses, weights)"
+    )
+    if len(losses) == 1:
+        fix = "leave out the mean over the batch, for example with reduction='none'"
+    elif len(losses) > rows and len(losses) % rows == 0:
+        fix = "for one loss per token use esam_kernels.token_loss, or " + fix
+    raise ValueError(f"the loss function returned {len(losses)} losses for {rows} rows: {fix}")
+
+
+def _tensors_of(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a nested batch, with its path."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors_of(item, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _tensors_of(item, f"{path}.{i}")
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:
@@ -128,4 +188,7 @@ def _map_rows(
         if hasattr(value, "_fields"):  # a named tuple
             return type(value)(*items)
         return items if isinstance(value, list) else tuple(items)
-    raise TypeError(f"{path} is a {type(value).__name__}, of which no rows can be taken: name it as shared=({path!r},)")
+    raise TypeError(
+        f"{path} is a {type(value).__name__}, of which no rows can be taken: name it as shared=({path!r},) if it "
+        f"belongs to the whole batch; {BY_HAND}"
+    )

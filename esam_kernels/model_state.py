@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
@@ -27,6 +28,8 @@ class Findings:
     unreached: set[int] | None = None
     # The places among all parameters of those that forwards write; None before the first forward.
     written: list[int] | None = None
+    # Whether the ranks of a sharded model have been found to have the same settings.
+    agreed: bool = False
     # Whether forwards ask for gradients themselves, as those of physics-informed networks do.
     forward_needs_graph: bool = False
     # Whether it has been looked for state that the passes of a step would share.
@@ -52,6 +55,14 @@ class ModelState:
         self.params = params
         self._ids = {id(param) for param in params}
         self._devices = sorted({param.device for param in params} - {torch.device("cpu")}, key=str)
+
+    @property
+    def trains_batch_norm(self) -> bool:
+        """Whether a batch norm takes its statistics from the batch, which needs two rows."""
+        return any(
+            isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+            for module in self._modules
+        )
 
     def keep(self, rollback: Rollback, findings: Findings, send_buffers: bool = False) -> Start:
         """Keep all that passes must not disturb, and register it to be put back if the step fails.

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from . import options, sharpness
-from .base import check_params, check_storage, make_base, of_base, params_of, storage_of
+from .base import check_params, check_storage, keep_contents, make_base, of_base, params_of, storage_of
 from .closure import Closure
 from .model_state import Findings, ModelState
 from .options import OPTIONS, STEP, STORED
@@ -19,6 +20,7 @@ from .passes.ascend import Ascent, check_gradient
 from .passes.draw import drawn
 from .passes.perturb import Perturbation, perturb
 from .rollback import Rollback
+from .sharding import check_same_on_ranks, is_sharded
 from .step import Step, Weight
 from .warn import warn
 
@@ -154,22 +156,34 @@ class ESAM(torch.optim.Optimizer):
             RuntimeError: during ``backward``, and between ``first_step`` and ``second_step``.
         """
         self._require_idle("state_dict()")
+        options.make_plain(self.param_groups, self._keys)
         return self.base.state_dict()
 
     @eager
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of ESAM's or of the base optimizer's; settings that it lacks stay as they are.
 
+        Where it is refused, by ESAM or by the base optimizer, groups and state stay as they were.
+
         Raises:
+            ValueError: if a setting in it is out of its range, or may not differ between groups.
             RuntimeError: during ``backward``, and between ``first_step`` and ``second_step``.
         """
         self._require_idle("load_state_dict()")
         before = [{key: group[key] for key in self._keys.values()} for group in self.param_groups]
-        self.base.load_state_dict(state_dict)
-        self._progress.has_gradient = False
+        # Before the base optimizer sees it, since not all of them change groups and state at their very end.
+        options.read([{**own, **group} for own, group in zip(before, state_dict["param_groups"])], self._keys)
+        put_back = keep_contents(self.base)
+        try:
+            self.base.load_state_dict(state_dict)
+        except BaseException:
+            put_back()
+            raise
         for group, settings in zip(self.param_groups, before):
             for key, value in settings.items():
                 group.setdefault(key, value)
+        options.make_plain(self.param_groups, self._keys)
+        self._progress.has_gradient = False
 
     @eager
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -218,7 +232,9 @@ class ESAM(torch.optim.Optimizer):
             closure: ``closure(index)`` returns the losses of the batch's rows in ``index`` (int64, shape [k]; None:
                 all of them) with their graph: one per sample, shape [b], or (losses, weights) of shape [b] each, of
                 which weighted means are taken. ``batch_closure`` makes one. A list of closures is a list of
-                micro-batches, whose gradients add up to that of one batch.
+                micro-batches, whose gradients add up to that of one batch. With ``gamma=1`` one loss will do, a
+                0-dimensional tensor, or a mapping or an object that has it as ``loss``; micro-batches then weigh
+                alike, or by what comes with it as (loss, weight).
             grad_scaler: scales the losses; ``unscale_``, ``step`` and ``update`` are called on it as always.
 
         Returns:
@@ -226,13 +242,14 @@ class ESAM(torch.optim.Optimizer):
             first, low-precision pass if there is a ``steering_dtype``. It is this rank's.
 
         Raises:
-            TypeError: if a closure cannot be called with an index, or returns no tensor.
+            TypeError: if a closure cannot be called with an index, or returns no tensor; or ``grad_scaler`` is none.
             ValueError: if a closure returns anything but one loss per sample, a setting is out of its range, or a
                 parameter to be perturbed has a sparse gradient.
             RuntimeError: during another ``backward``, between ``first_step`` and ``second_step``, and where gradients
                 are disabled.
         """
         self._require_idle("backward()")
+        _check_scaler(grad_scaler)
         if not torch.is_grad_enabled():
             raise RuntimeError("backward() was called under torch.no_grad() or inference_mode(): call it outside")
         closures = _check_closures(closure)
@@ -324,7 +341,6 @@ class ESAM(torch.optim.Optimizer):
             RuntimeError: if ``first_step`` was not called before.
         """
         self.restore()
-        self._set_step_count(self._step_count + 1)
         self._progress.has_gradient = True
         self.step()
         if zero_grad:
@@ -333,6 +349,9 @@ class ESAM(torch.optim.Optimizer):
     @eager
     def restore(self) -> None:
         """Put the weights back after ``first_step`` without a step, bit for bit.
+
+        The step counts as made, as that of ``backward`` does, whether or not ``step`` follows: the next ``first_step``
+        draws anew. ``restore()`` and ``step()`` are ``second_step()`` in two, between which gradients can be unscaled.
 
         Raises:
             RuntimeError: if ``first_step`` was not called before.
@@ -347,6 +366,7 @@ class ESAM(torch.optim.Optimizer):
             self._progress.perturbation = None
 
         Rollback().run(work)
+        self._set_step_count(self._step_count + 1)
 
     # What stands in the parameter groups.
 
@@ -372,6 +392,7 @@ class ESAM(torch.optim.Optimizer):
     ) -> Step:
         """The step that comes next, with the settings as they stand in the groups now, checked."""
         settings, own = options.read(self.param_groups, self._keys)
+        options.make_plain(self.param_groups, self._keys)
         check_params(self.param_groups)
         params = params_of(self.param_groups)
         storage = storage_of(params)
@@ -381,10 +402,16 @@ class ESAM(torch.optim.Optimizer):
         weights, tensor_id = [], 0
         for group, group_settings in zip(self.param_groups, own):
             for param in group["params"]:
-                if group_settings.rho > 0 and param.requires_grad:
+                # A lazy layer's weights are perturbed from the step on that follows their first forward.
+                if group_settings.rho > 0 and param.requires_grad and not is_lazy(param):
                     weights.append(Weight(param, tensor_id, group_settings))
                 tensor_id += 1
         state, findings = self._model_state(closures), self._progress.findings
+        if state.shards and not findings.agreed:
+            values = {name: [group[key] for group in self.param_groups] for name, key in self._keys.items()}
+            values = {name: of_groups if STORED[name].per_group else of_groups[0] for name, of_groups in values.items()}
+            check_same_on_ranks(values, [param for param in params_of(self.param_groups) if is_sharded(param)])
+            findings.agreed = True
         return Step(self._step_count, settings, weights, closures, state, rollback, findings, grad_scaler)
 
     def _model_state(self, closures: Sequence[Closure] = ()) -> ModelState:
@@ -449,6 +476,11 @@ def _check_closures(closure: Closure | Sequence[Closure]) -> list[Closure]:
                 "index (None: all of them), or use batch_closure"
             )
     return closures
+
+
+def _check_scaler(scaler: Any) -> None:
+    if scaler is not None and not (callable(getattr(scaler, "scale", None)) and hasattr(scaler, "is_enabled")):
+        raise TypeError(f"grad_scaler is {scaler!r}: give the GradScaler that is stepped, or None")
 
 
 def _takes_no_index(closure: Any) -> bool:

@@ -41,9 +41,12 @@ class Option:
         return value
 
 
+_PLAIN = (float, int, bool, str, type(None))
+
+
 def _plain(value: Any) -> Any:
     """A number of NumPy's or a 0-dimensional tensor as Python's; a dtype as its name."""
-    if type(value) in (float, int, bool, str) or value is None:
+    if type(value) in _PLAIN:
         return value
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         return value.item()
@@ -65,7 +68,7 @@ def _share(default: float, meaning: str, least: float = 0.0) -> Any:
 
 def _choice(choices: tuple[str, ...], meaning: str) -> Any:
     needed = " or ".join([", ".join(map(repr, choices[:-1])), repr(choices[-1])])
-    return _option(choices[0], lambda x: x in choices, needed, meaning, choices)
+    return _option(choices[0], lambda x: isinstance(x, str) and x in choices, needed, meaning, choices)
 
 
 def _option(default: Any, fits: Callable[[Any], bool], needed: str, meaning: str, choices: tuple[str, ...] = ()) -> Any:
@@ -129,7 +132,7 @@ class Settings:
     )
     steering_dtype: str | None = _option(
         None,
-        lambda x: x in (None, "bfloat16"),
+        lambda x: x is None or (isinstance(x, str) and x == "bfloat16"),
         "torch.bfloat16 or None (in float16 the gradient of the first pass would underflow)",
         "torch.bfloat16 runs the first two passes, which only find a direction and a ranking, under autocast to it; an "
         "autocast inside the closure overrides it",
@@ -188,6 +191,15 @@ def read(groups: Sequence[dict[str, Any]], keys: Mapping[str, str]) -> tuple[Set
     shared = Settings(**{name: found[0][name] for name in OPTIONS if not OPTIONS[name].per_group})
     own = [{name: values[name] for name in OPTIONS if OPTIONS[name].per_group} for values in found]
     return shared, [GroupSettings(**values) for values in own]
+
+
+def make_plain(groups: Sequence[dict[str, Any]], keys: Mapping[str, str]) -> None:
+    """Turn numbers of NumPy's and tensors that were set in the groups into Python's, which any checkpoint can hold."""
+    for group in groups:
+        for key in keys.values():
+            value = group[key]
+            if type(value) not in _PLAIN:
+                group[key] = _plain(value)
 
 
 def signature(own: inspect.Signature) -> inspect.Signature:

@@ -51,6 +51,26 @@ def sum_over_shards(number: Tensor, params: Sequence[Any]) -> Tensor:
     return total
 
 
+def check_same_on_ranks(settings: dict[str, Any], params: Sequence[Any]) -> None:
+    """Compare settings over the ranks that these parameters are sharded over, which have to call this together.
+
+    Raises:
+        ValueError: on every rank, if one differs: ranks would wait for each other's weights for ever.
+    """
+    mesh, found = params[0].device_mesh, [settings]
+    for dim in range(mesh.ndim):
+        rows: list[Any] = [None] * mesh.size(dim)
+        torch.distributed.all_gather_object(rows, found, group=mesh.get_group(dim))
+        found = [one for row in rows for one in row]
+    for name, value in found[0].items():
+        for other in found:
+            if other[name] != value:
+                raise ValueError(
+                    f"{name} is {value!r} on one rank and {other[name]!r} on another: with FSDP2 give every rank the "
+                    "same, since all have to perturb the same weights and run the same passes"
+                )
+
+
 def _shard_dim(tensor: Any) -> int:
     """The dimension of the mesh over which a parameter is sharded; over the others it is replicated."""
     return next(i for i, placement in enumerate(tensor.placements) if placement.is_shard())

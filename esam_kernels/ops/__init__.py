@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from operator import attrgetter
+from operator import attrgetter, is_
 from types import ModuleType
 
 import torch
@@ -106,13 +106,15 @@ def perturb_(
         The norm.
 
     Raises:
-        ValueError: if a list is empty, or lengths, shapes, dtypes or devices do not fit; nothing has changed then.
+        ValueError: if a list is empty, lengths, shapes, dtypes or devices do not fit, or a backup is a weight; nothing
+            has changed then.
     """
     _check_lists(params, mask, grads=grads, backups=backups)
     if len(coefficients) != len(params):
         raise ValueError(f"got {len(params)} params but {len(coefficients)} coefficients: give one for each tensor")
     if norm is not None and norm.dim() != 0:
         raise ValueError(f"norm has shape {list(norm.shape)}: give the 0-dimensional norm over all tensors")
+    _check_apart(params, backups)
     parts = _partition(params, backups)
     if norm is None and len(parts) > 1:
         norm = squared_norm(params, grads, adaptive, mask).sqrt()
@@ -195,9 +197,15 @@ def explain(tensors: Tensor | Iterable[Tensor]) -> str:
 
     For several tensors, one line for each distinct answer, with the number of tensors that it holds for. A last part
     says which of these backends stands on a torch or Triton that is newer than those tested.
+
+    Raises:
+        TypeError: if there is anything else than tensors.
     """
     if not isinstance(tensors, Tensor):
-        return "\n".join(f"{count} x {answer}" for answer, count in Counter(map(explain, tensors)).items())
+        several = None if isinstance(tensors, torch.nn.Module) or not isinstance(tensors, Iterable) else list(tensors)
+        if several is None or not all(isinstance(tensor, Tensor) for tensor in several):
+            raise TypeError(f"got a {type(tensors).__name__}: give a tensor, or several, such as model.parameters()")
+        return "\n".join(f"{count} x {answer}" for answer, count in Counter(map(explain, several)).items())
     candidates = _candidates(tensors.device)
     serving = _choose(tensors, candidates)
     passed_over = candidates[: candidates.index(serving)]
@@ -286,19 +294,49 @@ def _pick(tensors: Sequence[Tensor], ids: Sequence[int]) -> list[Tensor]:
 def _check_lists(params: Sequence[Tensor], mask: ElementMask | None, **others: Sequence[Tensor]) -> None:
     if len(params) == 0:
         raise ValueError("got no params: give at least one tensor")
+    expected = {attribute: list(map(attrgetter(attribute), params)) for attribute in ("shape", "device", "dtype")}
+    dtypes = {"params": expected["dtype"]}
     for name, tensors in others.items():
         if len(tensors) != len(params):
             raise ValueError(f"got {len(params)} params but {len(tensors)} {name}: give one for each tensor")
-        for attribute in ("shape", "device", "dtype") if name == "backups" else ("shape", "device"):
-            expected, got = (list(map(attrgetter(attribute), list_)) for list_ in (params, tensors))
-            if expected != got:
-                i = next(i for i in range(len(params)) if expected[i] != got[i])
-                raise ValueError(f"{name}[{i}] has {attribute} {got[i]}, params[{i}] {expected[i]}: give the same")
-    for name, tensors in {"params": params, **others}.items():
-        for dtype in {tensor.dtype for tensor in tensors}:
+        for attribute, wanted in expected.items():
+            got = list(map(attrgetter(attribute), tensors))
+            if attribute == "dtype":
+                dtypes[name] = got
+                if name != "backups":  # those of gradients may differ
+                    continue
+            if got != wanted:
+                i = next(i for i in range(len(params)) if wanted[i] != got[i])
+                raise ValueError(f"{name}[{i}] has {attribute} {got[i]}, params[{i}] {wanted[i]}: give the same")
+    for name, kinds in dtypes.items():
+        for dtype in set(kinds):
             if not dtype.is_floating_point:
                 raise ValueError(f"{name} has a tensor of {dtype}: floating dtypes are needed")
-    if mask is not None and len(mask.tensor_ids) != len(params):
-        raise ValueError(f"got {len(params)} params but a mask for {len(mask.tensor_ids)}: give one id for each tensor")
-    if mask is not None and mask.offsets is not None and len(mask.offsets) != len(params):
-        raise ValueError(f"got {len(params)} params but {len(mask.offsets)} mask offsets: give one for each tensor")
+    if mask is not None:
+        _check_mask(mask, len(params))
+
+
+def _check_mask(mask: ElementMask, count: int) -> None:
+    ids, offsets = mask.tensor_ids, mask.offsets
+    if len(ids) != count:
+        raise ValueError(f"got {count} params but a mask for {len(ids)}: give one id for each tensor")
+    if not (min(ids) >= 0 and max(ids) < 2**32):
+        raise ValueError(f"a mask has the tensor ids {min(ids)} to {max(ids)}: ids in [0, 2**32) are needed")
+    if offsets is not None and len(offsets) != count:
+        raise ValueError(f"got {count} params but {len(offsets)} mask offsets: give one for each tensor")
+    if offsets is not None and not (min(offsets) >= 0 and max(offsets) < 2**57):
+        raise ValueError(f"a mask has the offsets {min(offsets)} to {max(offsets)}: offsets in [0, 2**57) are needed")
+    if not (0 <= mask.beta <= 1 and 0 <= mask.seed < 2**64):
+        raise ValueError(f"a mask has beta {mask.beta} and seed {mask.seed}: [0, 1] and [0, 2**64) are needed")
+
+
+def _check_apart(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
+    """Refuse backups that are weights: what an operator saves in them, it would move as well."""
+    if torch.compiler.is_dynamo_compiling():  # which knows no addresses
+        apart = not any(map(is_, params, backups))
+    else:
+        addresses = set(map(Tensor.data_ptr, params))
+        addresses.discard(0)  # of what has no elements, or no memory
+        apart = addresses.isdisjoint(map(Tensor.data_ptr, backups))
+    if not apart:
+        raise ValueError("a backup shares its memory with a weight: give tensors of their own, torch.empty_like(param)")

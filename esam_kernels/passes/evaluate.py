@@ -1,7 +1,8 @@
 """One call of a closure, checked: the losses of a micro-batch, or of some of its rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,13 @@ def steered(step: Step) -> Callable[..., MicroBatch]:
     return evaluate if name is None else step.model_state.low_precision(evaluate, getattr(torch, name))
 
 
+def as_row(weight: Any, device: torch.device) -> Any:
+    """The weight of a loss without rows, a number or a 0-dimensional tensor, as that of one row."""
+    if isinstance(weight, int | float):
+        return torch.full((1,), weight, dtype=torch.float64, device=device)
+    return weight.view(1) if isinstance(weight, Tensor) and weight.dim() == 0 else weight
+
+
 def evaluate(
     step: Step, closure: Closure, index: Tensor | None = None, size: int | None = None, graph: bool = True
 ) -> MicroBatch:
@@ -75,18 +83,26 @@ def evaluate(
     """
     size = size if index is None else len(index)
     result = step.rollback.interruptible(closure, index)
+    result = getattr(result, "loss", result)  # of the Transformers library's ModelOutput
+    if isinstance(result, Mapping) and "loss" in result:
+        result = result["loss"]
     losses, weights = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if isinstance(losses, Tensor) and losses.dim() == 0 and index is None and step.settings.gamma == 1:
+        losses, weights = losses.view(1), as_row(weights, losses.device)  # as if the micro-batch were one sample
     if not isinstance(losses, Tensor) or not isinstance(weights, Tensor | None):
         raise TypeError(
             f"the closure returned {type(result).__name__}: return one loss per sample, a tensor of shape [b], "
-            "or a tuple (losses, weights)"
+            "or a tuple (losses, weights); with gamma=1 also one loss, or what has it as loss"
         )
     if losses.dim() == 0:
-        raise ValueError("the closure returned a scalar: return one loss per sample, for example with reduction='none'")
+        raise ValueError(
+            "the closure returned a scalar: return one loss per sample, for example with reduction='none', or "
+            "(losses, weights) of shape [b] each; or set gamma=1, which selects no samples, so that one loss will do"
+        )
     if losses.dim() != 1:
         raise ValueError(
             f"the closure returned losses of shape {list(losses.shape)}: return one loss per sample, shape [b], for "
-            "example losses.flatten(1).mean(1), or (losses, weights)"
+            "example losses.flatten(1).mean(1), or (losses, weights), as esam_kernels.token_loss does for tokens"
         )
     if not losses.dtype.is_floating_point:
         raise ValueError(f"the closure returned {losses.dtype} losses: return a floating dtype")

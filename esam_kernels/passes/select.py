@@ -43,6 +43,8 @@ def look(step: Step, before: Sequence[MicroBatch], start: Start) -> list[MicroBa
 def select(step: Step, before: Sequence[MicroBatch], after: Sequence[MicroBatch]) -> list[Tensor | None]:
     """For each micro-batch the rows that the gradient is taken on, ascending; None for all of them.
 
+    At least two where a batch norm takes its statistics from them, which it cannot from one.
+
     Args:
         step: the step.
         before: losses at w.
@@ -61,15 +63,25 @@ def select(step: Step, before: Sequence[MicroBatch], after: Sequence[MicroBatch]
         if one.sample_weights is not None:  # what has no weight, such as rows of padding, comes last
             padding = one.sample_weights == 0
             low[i], high[i] = low[i].masked_fill(padding, 0), high[i].masked_fill(padding, -math.inf)
-    if settings.select_over == "micro_batch" or len(before) == 1:
-        return [ops.select_top(a, b, count_of(settings.gamma, len(a))) for a, b in zip(low, high)]
     sizes = [len(x) for x in low]
+    if settings.select_over == "micro_batch" or len(before) == 1:
+        counts = [at_least(step, count_of(settings.gamma, size), size) for size in sizes]
+        return [ops.select_top(a, b, k) for a, b, k in zip(low, high, counts)]
     index = ops.select_top(torch.cat(low), torch.cat(high), count_of(settings.gamma, sum(sizes)))
     ends = torch.tensor(sizes).cumsum(0)
     # How many rows each micro-batch gets is known on the device alone: the one synchronization of this option.
     cuts = torch.searchsorted(index, ends.to(index.device)).tolist()
     starts = [0, *ends.tolist()]
-    return [index[i:j] - start for i, j, start in zip([0, *cuts], cuts, starts)]
+    rows = [index[i:j] - start for i, j, start in zip([0, *cuts], cuts, starts)]
+    for i, (a, b, one) in enumerate(zip(low, high, rows)):
+        if len(one) > 0 and (k := at_least(step, len(one), len(a))) > len(one):
+            rows[i] = ops.select_top(a, b, k)  # the one is the first of them
+    return rows
+
+
+def at_least(step: Step, count: int, size: int) -> int:
+    """``count`` rows of ``size``, or two where a batch norm needs them and there are two."""
+    return 2 if count == 1 and size > 1 and step.model_state.trains_batch_norm else count
 
 
 def random_scores(step: Step, micro_batch: int, losses: Tensor) -> Tensor:

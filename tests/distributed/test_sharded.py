@@ -5,6 +5,7 @@ The truth is ESAM itself on one process without sharding, whose micro-batches ar
 
 import copy
 import os
+import re
 import signal
 from collections.abc import Iterable
 from unittest import mock
@@ -404,6 +405,24 @@ def checkpoint(rank, granularity):
     return whole(model), plain(expected)
 
 
+def differing(rank, name):
+    """What is raised where ranks have settings of their own, which then works with the same."""
+    model = shard(network())
+    values = [0.1 * (1 + rank), 0.1] if name in ("rho", "gamma") else [rank, 0]
+    optimizer, before = optimizer_of(model), shards(model)
+    closures = closures_of(model, rank, [12], 0)
+    messages = []
+    for act in (lambda: optimizer.backward(closures), lambda: optimizer.step(closures)):
+        optimizer.param_groups[0][name] = values[0]
+        with pytest.raises(ValueError) as refusal:  # noqa: PT011
+            act()
+        messages.append(str(refusal.value))
+        assert as_before(model, before)
+    optimizer.param_groups[0][name] = values[1]
+    optimizer.step(closures)
+    return messages
+
+
 def refusals(rank):
     """What each raises."""
     partly = network()
@@ -479,6 +498,7 @@ SCENARIOS = {
         for granularity in ("tensor", "element")
     },
     "refusals": (refusals, {}),
+    **{f"ranks that differ in {name}": (differing, {"name": name}) for name in ("seed", "rho", "gamma", "esam_step")},
     "killed in pass 3": (a_killed_rank, {"when": 3}),  # the last one: nothing works after it
 }
 
@@ -582,6 +602,13 @@ def test_each_rank_keeps_backups_and_gradients_of_its_own_shards_alone(results):
 def test_a_checkpoint_is_loaded_on_another_number_of_ranks(results, granularity):
     for found, expected in results(f"checkpoint, {granularity}"):
         check_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["seed", "rho", "gamma", "esam_step"])
+def test_settings_that_differ_between_ranks_are_refused_in_the_first_step_by_name(results, name):
+    for messages in results(f"ranks that differ in {name}"):
+        for message in messages:
+            assert re.search(rf"^{name} is .* on one rank and .* on another: with FSDP2 give every rank", message)
 
 
 def test_what_cannot_be_done_is_refused(results):

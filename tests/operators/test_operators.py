@@ -471,7 +471,7 @@ def test_blocks_beyond_2_31_elements_find_their_addresses_and_words(device):
 
 # ---- Input that does not fit is refused, with the value and the fix, before anything has changed
 
-W, V = torch.ones(2, 3), torch.ones(3, 2)
+W, U, V = torch.ones(2, 3), torch.ones(2, 3), torch.ones(3, 2)
 ONE = torch.tensor(1.0)
 
 
@@ -497,6 +497,13 @@ ONE = torch.tensor(1.0)
         ),
         (lambda: ops.perturb_([W], [W], [W], [1.0, 2.0], ONE), "got 1 params but 2 coefficients: give one for each"),
         (lambda: ops.perturb_([W], [W], [W], [1.0], ONE[None]), r"norm has shape \[1\]: give the 0-dimensional norm"),
+        (lambda: ops.perturb_([W], [W], [W], [1.0], ONE), r"a backup shares its memory.*torch\.empty_like\(param\)"),
+        (lambda: ops.perturb_([U, W], [U, W], [W.detach(), torch.empty_like(W)], [1.0] * 2), "shares its memory"),
+        (lambda: ops.squared_norm([W], [W], mask=ElementMask(0, 0, [2**32])), r"ids 4294967296 to .*\[0, 2\*\*32\)"),
+        (lambda: ops.squared_norm([W], [W], mask=ElementMask(0, 0, [-1])), r"tensor ids -1 to -1.*\[0, 2\*\*32\)"),
+        (lambda: ops.squared_norm([W], [W], mask=ElementMask(0, 0, [1], offsets=[-4])), r"offsets -4.*\[0, 2\*\*57\)"),
+        (lambda: ops.squared_norm([W], [W], mask=ElementMask(0, 0, [1], beta=1.5)), r"beta 1\.5.*\[0, 1\]"),
+        (lambda: ops.squared_norm([W], [W], mask=ElementMask(-1, 0, [1])), r"seed -1.*\[0, 2\*\*64\)"),
         (lambda: ops.restore_([W], [V]), r"backups\[0\] has shape"),
         (lambda: ops.select_top(W, W, 1), r"losses have shapes \[2, 3\] and \[2, 3\]: give two of shape \[b\]"),
         (lambda: ops.select_top(W[0], W[0].to("meta"), 1), "losses are on cpu and meta: give two on one device"),
@@ -512,6 +519,14 @@ def test_bad_input_is_refused_with_the_value_and_the_fix(call, message):
 
 
 # ---- Which backend serves
+
+
+@pytest.mark.parametrize(
+    "given", [torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Linear(2, 2)), "weight", 3, [1.0]]
+)
+def test_explain_takes_tensors_alone_and_says_where_they_are(given):
+    with pytest.raises(TypeError, match=rf"got a {type(given).__name__}.*model\.parameters\(\)"):
+        ops.explain(given)
 
 
 def test_a_backend_is_forced_in_a_block_or_a_process_and_unknown_names_are_refused(monkeypatch):

@@ -316,6 +316,36 @@ def test_tied_weights_are_perturbed_once():
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("options", [{}, {"granularity": "element"}, {"rho": 0.0}, {"adaptive": True}], ids=str)
+def test_layers_that_the_first_forward_initializes(options):
+    """They are perturbed from the second step on."""
+    model = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(3))
+    optimizer = optimizer_of(model, **options)
+    optimizer.add_param_group({"params": nn.LazyLinear(3).parameters()})  # never used
+    torch.manual_seed(0)
+    twin = copy.deepcopy(model)
+    twin(INPUTS)
+    torch.manual_seed(0)
+    optimizer.step(closure_of(model))
+    plain_step(twin, torch.optim.SGD(twin.parameters(), lr=0.1), *DATA[0])
+    assert same(values(model), values(twin))  # nothing could be perturbed
+    other = optimizer_of(twin, **options)
+    other.param_groups[0]["esam_step"] = 1
+    mixed = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.LazyLinear(3))
+    train(mixed, optimizer_of(mixed, **options), DATA)
+    assert all(value.isfinite().all() for value in values(mixed))
+    train(model, optimizer, DATA)
+    train(twin, other, DATA)
+    assert same(values(model), values(twin))
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_lazy_parameters_are_compared_before_they_have_a_shape():
+    optimizer = optimizer_of(nn.LazyLinear(8))
+    with pytest.raises(ValueError, match="a parameter that is not initialized is 2 times"):
+        optimizer.add_param_group({"params": [*nn.LazyLinear(3).parameters()] * 2})
+
+
 # Losses.
 
 
@@ -495,7 +525,26 @@ def test_restore_puts_the_weights_back_and_takes_no_step():
     assert not same(before, values(model))
     optimizer.restore()
     assert same(before, values(model))
-    assert optimizer.param_groups[0]["esam_step"] == 0
+
+
+def test_every_first_step_draws_anew_whether_a_step_followed_the_last_or_not():
+    def drawn(*actions: str) -> list[list[bool]]:
+        model = mlp()
+        optimizer = optimizer_of(model, gamma=1.0, beta=0.5, lr=0.0)
+        found = []
+        for action in actions:
+            before = values(model)
+            cross_entropy(model(INPUTS), TARGETS).mean().backward()
+            optimizer.first_step()
+            found.append([not torch.equal(a, b) for a, b in zip(before, values(model))])
+            getattr(optimizer, action)()
+            optimizer.zero_grad()
+        assert optimizer.param_groups[0]["esam_step"] == len(actions)
+        return found
+
+    masks = drawn(*["restore"] * 6)
+    assert len(set(map(tuple, masks))) > 3
+    assert drawn(*["restore", "second_step"] * 3) == masks  # as second_step counts, and as backward does
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "element"])
@@ -506,6 +555,7 @@ def test_first_step_perturbs_what_backward_would(granularity):
     optimizer.first_step()
     halves = values(model)
     optimizer.restore()
+    optimizer.param_groups[0]["esam_step"] = 0  # the same draw again
     whole = []
 
     def closure(index):

@@ -151,6 +151,35 @@ def test_no_parameters(params):
         ESAM(params, torch.optim.SGD, lr=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_tied_weights_that_are_listed_twice():
+    encoder, decoder = nn.Linear(4, 4), nn.Linear(4, 4)
+    decoder.weight = encoder.weight
+    params = [*encoder.parameters(), *decoder.parameters()]
+    words = r"\[4, 4\] is 2 times in the list: .*list\(dict\.fromkeys\(params\)\)"
+    with pytest.raises(ValueError, match=words):
+        ESAM(params, torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match=words):
+        ESAM([{"params": params}], torch.optim.SGD, lr=0.1)
+    optimizer = sgd(mlp())
+    with pytest.raises(ValueError, match=words):
+        optimizer.add_param_group({"params": params})
+    assert len(optimizer.param_groups) == 1
+    assert len(ESAM(list(dict.fromkeys(params)), torch.optim.SGD, lr=0.1).param_groups[0]["params"]) == 3
+
+
+@pytest.mark.parametrize("scaler", [True, 65536.0, "scaler", torch.optim.SGD, nn.Linear(1, 1)], ids=str)
+def test_what_is_no_grad_scaler(scaler):
+    model = mlp(nn.BatchNorm1d(8))
+    optimizer = sgd(model)
+    before = values(model), random_state()
+    with pytest.raises(TypeError, match=r"grad_scaler is .*give the GradScaler"):
+        optimizer.backward(batch_closure(model, cross_entropy, INPUTS, TARGETS), scaler)
+    assert same(values(model), before[0])
+    assert random_state() == before[1]
+    works(model, optimizer)
+
+
 @pytest.mark.parametrize("later", [False, True], ids=["at construction", "in a group added later"])
 def test_complex_parameters(later):
     params = [nn.Parameter(torch.ones(2, 3, dtype=torch.complex64))]
