@@ -258,7 +258,8 @@ class ESAM(torch.optim.Optimizer):
         step = self._make_step(rollback, closures, grad_scaler)
 
         def work() -> Tensor:
-            rollback.undo_by(lambda: self._reset(step.number))
+            # The number and not the step, which holds the rollback: in a cycle the backups would outlive the step.
+            rollback.undo_by(partial(self._reset, step.number))
             self._progress.phase = "backward()"
             self.base.zero_grad()
             loss = sharpness.backward(step)
