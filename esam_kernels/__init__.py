@@ -5,11 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .closure import batch_closure
+    from .layers import param_groups_by_layer
     from .losses import token_loss
     from .optimizer import ESAM
     from .passes.current import current_pass, first_pass
 
-__all__ = ["ESAM", "__version__", "batch_closure", "current_pass", "first_pass", "token_loss"]
+__all__ = [
+    "ESAM",
+    "__version__",
+    "batch_closure",
+    "current_pass",
+    "first_pass",
+    "param_groups_by_layer",
+    "token_loss",
+]
 
 __version__ = "0.1.0"  # read by pyproject.toml, without importing this
 
@@ -18,6 +27,7 @@ _HOMES = {
     "batch_closure": ".closure",
     "current_pass": ".passes.current",
     "first_pass": ".passes.current",
+    "param_groups_by_layer": ".layers",
     "token_loss": ".losses",
 }
 

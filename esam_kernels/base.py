@@ -14,6 +14,10 @@ from .ops.reference import is_dense
 from .options import OPTIONS, STEP, STORED
 from .sharding import is_sharded, local_shard
 
+_WITHOUT_FIRST_MOMENT = (
+    torch.optim.Adadelta, torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.ASGD, torch.optim.Rprop
+)  # fmt: skip
+
 
 def of_base(name: str) -> Any:
     """An attribute that is the base optimizer's, also when it is set and deleted."""
@@ -111,6 +115,35 @@ def _keys(base: torch.optim.Optimizer, given: Sequence[Collection[str]]) -> dict
         else:
             taken.update(group.keys() - set(keys))
     return {name: f"esam_{name}" if name in taken else name for name in STORED}
+
+
+def check_ascent(base: torch.optim.Optimizer, ascent: str, groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse a direction that the base optimizer is known not to have, before it has any state.
+
+    Args:
+        base: the base optimizer.
+        ascent: the option.
+        groups: the parameter groups that are to be perturbed.
+
+    Raises:
+        ValueError: if it keeps no first moment and that is to be climbed along, or keeps a part of the state alone.
+    """
+    if ascent == "gradient" or not groups:
+        return
+    name = type(base).__name__
+    if hasattr(base, "consolidate_state_dict"):  # torch's ZeroRedundancyOptimizer
+        raise ValueError(
+            f"ascent = {ascent!r}: {name} keeps the state of each parameter on one rank alone, so the others do not "
+            "know the direction: set ascent='gradient', or shard the model with fully_shard"
+        )
+    if ascent == "momentum":
+        switched_off = any(group.get("momentum") == 0 and "betas" not in group for group in groups)
+        if switched_off or type(base) in _WITHOUT_FIRST_MOMENT:
+            raise ValueError(
+                f"ascent = 'momentum': {name}{' with momentum = 0' if switched_off else ''} keeps no first moment: "
+                f"{'set momentum=0.9' if switched_off else 'take SGD with momentum, or AdamW'}, or set "
+                "ascent='previous' or 'gradient'"
+            )
 
 
 def check_params(groups: Sequence[dict[str, Any]]) -> None:

@@ -20,7 +20,10 @@ BY_HAND = (
 
 
 class BatchClosure:
-    """The closure that ``batch_closure`` makes. It carries the model, so that ESAM can look after its buffers."""
+    """The closure that ``batch_closure`` makes.
+
+    It carries the model, so that ESAM can look after its buffers, and knows how many rows its batch has, and where.
+    """
 
     def __init__(
         self,
@@ -29,11 +32,12 @@ class BatchClosure:
         inputs: Any,
         targets: Any,
         shared: Collection[str],
-        size: int,
+        rows: Tensor,
     ) -> None:
         self.model = model
         self.loss_fn = loss_fn
-        self.size = size  # the number of rows
+        self.size = len(rows)
+        self.device = rows.device
         self._inputs = inputs
         self._targets = targets
         self._shared = frozenset(shared)
@@ -99,7 +103,7 @@ def batch_closure(
             nothing.
         TypeError: if an entry is neither a tensor nor a number nor None and is not named as shared.
     """
-    sizes: dict[str, int] = {}
+    batch: dict[str, Tensor] = {}
     seen: set[str] = set()
 
     def measure(rows: Tensor, path: str) -> Tensor:
@@ -108,7 +112,7 @@ def batch_closure(
                 f"{path} has no dimension to take rows along: name it as shared=({path!r},) if it belongs to the whole "
                 f"batch; {BY_HAND}"
             )
-        sizes[path] = len(rows)
+        batch[path] = rows
         return rows
 
     for name, value in (("inputs", inputs), ("targets", targets)):
@@ -117,16 +121,16 @@ def batch_closure(
         raise ValueError(
             f"shared names {unknown[0]!r}, which the batch does not have: paths begin with inputs or targets"
         )
-    if not sizes:
+    if not batch:
         raise ValueError(f"the batch has no tensor to take rows of: {BY_HAND}")
-    first, size = next(iter(sizes.items()))
-    for path, other in sizes.items():
-        if other != size:
+    first, rows = next(iter(batch.items()))
+    for path, other in batch.items():
+        if len(other) != len(rows):
             raise ValueError(
-                f"{path} has {other} rows but {first} has {size}: "
+                f"{path} has {len(other)} rows but {first} has {len(rows)}: "
                 f"name it as shared=({path!r},) if it belongs to the whole batch; {BY_HAND}"
             )
-    return BatchClosure(model, loss_fn, inputs, targets, shared, size)
+    return BatchClosure(model, loss_fn, inputs, targets, shared, rows)
 
 
 def _check_rows(result: Any, rows: int) -> None:

@@ -36,12 +36,55 @@ class Findings:
     watched: bool = False
 
 
+class WrittenWeights:
+    """Keeps the weights that forwards write, such as those of ``nn.Embedding(max_norm=...)``, for a step that fails.
+
+    In the first step all are kept, until its first pass has shown which are written. Parameters of FSDP2 are not: their
+    forwards write gathered copies of them.
+    """
+
+    def __init__(self, params: Sequence[Tensor], rollback: Rollback, findings: Findings) -> None:
+        self._findings = findings
+        places = range(len(params)) if findings.written is None else findings.written
+        self._params = {i: params[i] for i in places if not is_lazy(params[i])}
+        self._kept = dict(zip(self._params, copy_all([param.data for param in self._params.values()])))
+        if self._params:
+            rollback.undo_by(self.put_back)
+        self.first_pass_begins()
+
+    def put_back(self) -> None:
+        """Undo what forwards have written."""
+        copy_into([self._params[i].data for i in self._kept], list(self._kept.values()))
+
+    def first_pass_begins(self) -> None:
+        """Writes are counted from now on."""
+        if self._findings.written is None:
+            self._versions = {i: param._version for i, param in self._params.items()}
+
+    def first_pass_has_run(self, perturbed: bool = False) -> None:
+        """Find out in the first step which weights its first pass has written, and keep no others.
+
+        Writes through ``.data`` move no version, but change values. On a GPU it would synchronize to see that.
+        """
+        if self._findings.written is not None:
+            return
+        written = [
+            i
+            for i, param in self._params.items()
+            if param._version != self._versions[i]
+            or not (perturbed or not param.is_cpu or torch.equal(param.data, self._kept[i]))
+        ]
+        for i in self._params.keys() - set(written):
+            del self._kept[i]
+        self._findings.written = written
+
+
 class Start(NamedTuple):
-    """What passes begin with: a function puts back each, as often as it is called."""
+    """What passes begin with: the first two put it back, as often as they are called."""
 
     buffers: Callable[[], None]
     random_state: Callable[[], None]
-    first_pass_has_run: Callable[[], None]  # to be called once, after it
+    written: WrittenWeights
 
 
 class ModelState:
@@ -64,55 +107,26 @@ class ModelState:
             for module in self._modules
         )
 
-    def keep(self, rollback: Rollback, findings: Findings, send_buffers: bool = False) -> Start:
+    def keep(self, rollback: Rollback, findings: Findings, several: bool) -> Start:
         """Keep all that passes must not disturb, and register it to be put back if the step fails.
 
         Args:
             rollback: the step's.
             findings: of the steps before.
-            send_buffers: begin with rank 0's buffers, as a forward of ``DistributedDataParallel`` does.
+            several: whether several passes follow, of which the first begin with rank 0's buffers, as a forward of
+                ``DistributedDataParallel`` does.
         """
         rollback.undo_by(self.forget_weight_copies)
         rollback.undo_by(self.shards.abandon)
         buffers, random_state = self.keep_buffers(), self.keep_random_state()
         rollback.undo_by(buffers)
-        sending = [one for one in self._replicas if one._check_sync_bufs_pre_fwd()] if send_buffers else []
+        rollback.undo_by(random_state)
+        sending = [one for one in self._replicas if one._check_sync_bufs_pre_fwd()] if several else []
         for replica in sending:
             replica._sync_buffers()
         if sending:
             buffers = self.keep_buffers()
-        rollback.undo_by(random_state)
-        return Start(buffers, random_state, self.keep_written_weights(rollback, findings))
-
-    def keep_written_weights(self, rollback: Rollback, findings: Findings) -> Callable[[], None]:
-        """Keep the weights that forwards write, such as those of ``nn.Embedding(max_norm=...)``.
-
-        In the first step all are kept, until its first pass has shown which are written.
-
-        Returns:
-            The function to call when the first pass has run.
-        """
-        if self.shards:  # forwards see gathered copies of the weights, and write those
-            return lambda: None
-        known = range(len(self.params)) if findings.written is None else findings.written
-        places = [i for i in known if not is_lazy(self.params[i])]
-        versions = {i: self.params[i]._version for i in places}
-        kept = dict(zip(places, copy_all([self.params[i].data for i in places])))
-
-        def put_back() -> None:
-            copy_into([self.params[i].data for i in kept], list(kept.values()))
-
-        if kept:
-            rollback.undo_by(put_back)
-
-        def first_pass_has_run() -> None:
-            if findings.written is None:
-                written = [i for i in places if self._was_written(i, versions[i], kept[i])]
-                for i in set(places).difference(written):
-                    del kept[i]
-                findings.written = written
-
-        return first_pass_has_run
+        return Start(buffers, random_state, WrittenWeights(() if self.shards else self.params, rollback, findings))
 
     def watch(self, findings: Findings) -> Callable[[], None]:
         """In the first step, look for tensors outside of buffers that a forward writes; a warning says which.
@@ -147,13 +161,6 @@ class ModelState:
         for name, param in module._parameters.items():
             if param is not None and id(param) not in self._ids:
                 yield name, param
-
-    def _was_written(self, place: int, version: int, value: Tensor) -> bool:
-        param = self.params[place]
-        if param._version != version:
-            return True
-        # Writes through ``.data`` move no version. On other devices the comparison would synchronize.
-        return param.device.type == "cpu" and not torch.equal(param.data, value)
 
     def keep_buffers(self) -> Callable[[], None]:
         """Keep every buffer and its value; the function that is returned puts them back.

@@ -12,13 +12,14 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from . import options, sharpness
-from .base import check_params, check_storage, keep_contents, make_base, of_base, params_of, storage_of
+from .base import check_ascent, check_params, check_storage, keep_contents, make_base, of_base, params_of, storage_of
 from .closure import Closure
 from .model_state import Findings, ModelState
 from .options import OPTIONS, STEP, STORED
 from .passes.ascend import Ascent, check_gradient
 from .passes.draw import drawn
 from .passes.perturb import Perturbation, perturb
+from .passes.sources import copy_gradients, keep_gradients
 from .rollback import Rollback
 from .sharding import check_same_on_ranks, is_sharded
 from .step import Step, Weight
@@ -99,13 +100,15 @@ class ESAM(torch.optim.Optimizer):
         **base_options: Any,
     ) -> None:
         # Optimizer.__init__ is not called: it would make groups, state and hooks beside the base optimizer's.
-        values = options.make({name: base_options.pop(name) for name in OPTIONS if name in base_options})
+        given = {name: base_options.pop(name) for name in OPTIONS if name in base_options}
         base, keys = make_base(params, base, base_options)
+        values = options.make(given, "betas" in base.defaults)
         settings = {keys[name]: value for name, value in values.items()}
         # What a group says of itself holds, unless another ESAM said it, whose checkpoint the base has loaded.
         groups = [settings if STEP in group else {**settings, **group} for group in base.param_groups]
         groups = [{key: group[key] for key in settings} for group in groups]
-        options.read(groups, keys)
+        shared, own = options.read(groups, keys)
+        check_ascent(base, shared.ascent, [group for group, one in zip(base.param_groups, own) if one.rho > 0])
         check_params(base.param_groups)
         check_storage(params_of(base.param_groups))
         self.base: torch.optim.Optimizer = base
@@ -238,8 +241,11 @@ class ESAM(torch.optim.Optimizer):
             grad_scaler: scales the losses; ``unscale_``, ``step`` and ``update`` are called on it as always.
 
         Returns:
-            The mean loss of the whole batch at the weights, 0-dimensional, detached, on the losses' device; of the
-            first, low-precision pass if there is a ``steering_dtype``. It is this rank's.
+            The mean loss of the first forward that was run, 0-dimensional, detached, on the losses' device. By default
+            and in a plain step it is that of the whole batch at the weights. With an ``ascent_share`` it is that of
+            these rows at the weights, and with ``ascent`` "momentum" or "previous" that of the rows of the last pass at
+            the perturbed weights, unless a selection needs the losses of all rows at the weights, which are then the
+            first. With a ``steering_dtype`` it is of low precision if other passes follow. It is this rank's.
 
         Raises:
             TypeError: if a closure cannot be called with an index, or returns no tensor; or ``grad_scaler`` is none.
@@ -292,7 +298,9 @@ class ESAM(torch.optim.Optimizer):
             self._warn_of_plain_step()
 
         def work() -> None:  # nothing to undo, but signals come before the base optimizer's step, or after it
+            copies = self._gradients_to_keep()
             self.base.step()
+            keep_gradients(self.state, copies)
             self._progress.has_gradient = False
 
         Rollback().run(work)
@@ -305,18 +313,22 @@ class ESAM(torch.optim.Optimizer):
         """Perturb the weights by the gradients in ``.grad``, of which beta keeps a part.
 
         Raises:
-            ValueError: if gamma, interval or steering_dtype is set, none of which can apply here.
+            ValueError: if gamma, interval, start, ascent, ascent_share or steering_dtype is set, none of which can
+                apply here.
             RuntimeError: if there are no gradients, or at the wrong time.
         """
         self._require_idle("first_step()")
         rollback = Rollback()
         step = self._make_step(rollback)
-        for name, needed in (("gamma", 1), ("interval", 1), ("steering_dtype", None)):
+        needed_values = {
+            "ascent": "gradient", "ascent_share": 1, "gamma": 1, "interval": 1, "start": 0, "steering_dtype": None
+        }  # fmt: skip
+        for name, needed in needed_values.items():
             value = getattr(step.settings, name)
             if value != needed:
                 raise ValueError(
-                    f"{name} = {value} cannot apply to first_step() and second_step(), whose passes the caller runs: "
-                    f"set {name}={needed}, or use backward()"
+                    f"{name} = {value!r} cannot apply to first_step() and second_step(), whose passes the caller runs: "
+                    f"set {name}={needed!r}, or use backward()"
                 )
         if all(param.grad is None for param in params_of(self.param_groups)):
             raise RuntimeError("first_step() found no gradients: call loss.backward() before it")
@@ -327,7 +339,7 @@ class ESAM(torch.optim.Optimizer):
             grads = [weight.param.grad for weight in weights]
             for weight, grad in zip(weights, grads):
                 check_gradient(weight, grad)
-            self._progress.perturbation = perturb(step, Ascent(weights, grads, (), ()))
+            self._progress.perturbation = perturb(step, Ascent(weights, grads))
             step.model_state.forget_weight_copies()
             if zero_grad:
                 self.base.zero_grad()
@@ -400,6 +412,8 @@ class ESAM(torch.optim.Optimizer):
         if storage != self._progress.storage:  # somebody gave a parameter other memory
             check_storage(params)
             self._progress.storage = storage
+        sharp = [group for group, one in zip(self.param_groups, own) if one.rho > 0]
+        check_ascent(self.base, settings.ascent, sharp)
         weights, tensor_id = [], 0
         for group, group_settings in zip(self.param_groups, own):
             for param in group["params"]:
@@ -407,13 +421,22 @@ class ESAM(torch.optim.Optimizer):
                 if group_settings.rho > 0 and param.requires_grad and not is_lazy(param):
                     weights.append(Weight(param, tensor_id, group_settings))
                 tensor_id += 1
-        state, findings = self._model_state(closures), self._progress.findings
-        if state.shards and not findings.agreed:
+        model_state, findings = self._model_state(closures), self._progress.findings
+        if model_state.shards and not findings.agreed:
             values = {name: [group[key] for group in self.param_groups] for name, key in self._keys.items()}
             values = {name: of_groups if STORED[name].per_group else of_groups[0] for name, of_groups in values.items()}
             check_same_on_ranks(values, [param for param in params_of(self.param_groups) if is_sharded(param)])
             findings.agreed = True
-        return Step(self._step_count, settings, weights, closures, state, rollback, findings, grad_scaler)
+        return Step(
+            self._step_count, settings, weights, closures, model_state, rollback, self.state, findings, grad_scaler
+        )
+
+    def _gradients_to_keep(self) -> dict[Tensor, Tensor]:
+        """Those that the next steps may climb along, copied; none unless ``ascent`` is "previous"."""
+        if self.param_groups[0][self._keys["ascent"]] != "previous":
+            return {}
+        groups = [group for group in self.param_groups if group[self._keys["rho"]] > 0]
+        return copy_gradients(params_of(groups), self.state)
 
     def _model_state(self, closures: Sequence[Closure] = ()) -> ModelState:
         models = [self.model, *(getattr(one, name, None) for one in closures for name in ("model", "loss_fn"))]

@@ -66,6 +66,10 @@ def _share(default: float, meaning: str, least: float = 0.0) -> Any:
     return _option(default, lambda x: _is_number(x) and 0 < x <= 1 and x >= least, needed, meaning)
 
 
+def _count(default: int, least: int, meaning: str) -> Any:
+    return _option(default, lambda x: _is_whole(x) and x >= least, f"a whole number >= {least}", meaning)
+
+
 def _choice(choices: tuple[str, ...], meaning: str) -> Any:
     needed = " or ".join([", ".join(map(repr, choices[:-1])), repr(choices[-1])])
     return _option(choices[0], lambda x: isinstance(x, str) and x in choices, needed, meaning, choices)
@@ -81,10 +85,12 @@ class GroupSettings:
     """The options that may differ between parameter groups."""
 
     rho: float = _option(
-        0.05,
+        None,  # make() resolves it: in groups and checkpoints it is always a number
         lambda x: _is_number(x) and 0 <= x <= 1e18,
         "a number >= 0, at most 1e18,",
-        "radius of the neighbourhood, in units of the weights; 0 leaves a group unperturbed",
+        "radius of the neighbourhood, in units of the weights; 0 leaves a group unperturbed; None takes what suits "
+        'ascent when the optimizer is made: 0.05 for "gradient", 0.1 for "previous", 0.3 for "momentum" or 1 if the '
+        "base has betas, as Adam has",
     )
     adaptive: bool = _option(
         False,
@@ -98,6 +104,17 @@ class GroupSettings:
 class Settings:
     """The options that hold for all parameter groups; a step reads them here."""
 
+    ascent: str = _choice(
+        ("gradient", "momentum", "previous"),
+        "climb along this batch's gradient, or save that pass: \"momentum\" climbs against the base optimizer's first "
+        'moment, along which steps go down (MSAM, arXiv 2401.12033), "previous" along the gradient of the last step; '
+        "who changes it in param_groups sets rho too",
+    )
+    ascent_share: float = _share(
+        1.0,
+        "share of the samples, drawn at random, whose gradient the first pass takes; less than 1 makes a selection by "
+        "loss begin with a forward of all",
+    )
     beta: float = _share(
         0.6,
         "share of the weights that a step perturbs: the probability with which each tensor, or each weight, is drawn "
@@ -124,18 +141,23 @@ class Settings:
         'with a list of micro-batches, select from each, or with "all" from all together, at the cost of one '
         "synchronization of host and device a step",
     )
-    interval: int = _option(
+    interval: int = _count(
         1,
-        lambda x: _is_whole(x) and x >= 1,
-        "a whole number >= 1",
+        1,
         "every so many steps one is sharpness-aware, beginning with the first; the others are the base optimizer's",
+    )
+    start: int = _count(
+        0,
+        0,
+        "number of the first step that may be sharpness-aware, from which interval counts; those before it are the "
+        "base optimizer's",
     )
     steering_dtype: str | None = _option(
         None,
         lambda x: x is None or (isinstance(x, str) and x == "bfloat16"),
         "torch.bfloat16 or None (in float16 the gradient of the first pass would underflow)",
-        "torch.bfloat16 runs the first two passes, which only find a direction and a ranking, under autocast to it; an "
-        "autocast inside the closure overrides it",
+        "torch.bfloat16 runs all passes but the last, which only find a direction and a ranking, under autocast to it; "
+        "an autocast inside the closure overrides it",
     )
     seed: int = _option(
         0,
@@ -160,13 +182,18 @@ _STEP_COUNT = Option(STEP, int, 0, lambda x: _is_whole(x) and x >= 0, "a whole n
 STORED = {**OPTIONS, STEP: _STEP_COUNT}
 
 
-def make(values: Mapping[str, Any]) -> dict[str, Any]:
+def make(values: Mapping[str, Any], base_has_betas: bool) -> dict[str, Any]:
     """What stands in a parameter group for the values that the constructor was given.
 
     Raises:
         ValueError: if one is out of its range.
     """
-    return {name: option.stored(values.get(name, option.default)) for name, option in STORED.items()}
+    given = {name: values.get(name, option.default) for name, option in STORED.items()}
+    ascent = STORED["ascent"].stored(given["ascent"])
+    if given["rho"] is None:
+        # For moments those of MSAM's authors, for SGD and for AdamW.
+        given["rho"] = {"gradient": 0.05, "momentum": 1.0 if base_has_betas else 0.3, "previous": 0.1}[ascent]
+    return {name: option.stored(given[name]) for name, option in STORED.items()}
 
 
 def read(groups: Sequence[dict[str, Any]], keys: Mapping[str, str]) -> tuple[Settings, list[GroupSettings]]:

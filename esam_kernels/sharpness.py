@@ -6,79 +6,96 @@ Contexts such as ``torch.no_grad`` are applied as decorators in the passes and n
 that lands between the body of a block and its exit would leave the context entered.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from .options import Settings
-from .passes.ascend import ascend, check_gradient, check_reached
+from .closure import BatchClosure
+from .passes.ascend import Ascent, ascend, check_gradient, check_reached
 from .passes.current import enter, leave
 from .passes.descend import descend
 from .passes.evaluate import mean
 from .passes.perturb import perturb, restore
 from .passes.select import look, select
+from .passes.sources import along_momentum, along_previous
+from .schedule import is_sharp, passes
 from .step import Step
 
-
-def is_sharp(step: Step) -> bool:
-    """Whether the step is a sharpness-aware one."""
-    return bool(step.weights) and step.number % step.settings.interval == 0
-
-
-def passes(settings: Settings) -> tuple[str, ...]:
-    """The passes of a sharpness-aware step: forwards of the whole batch, but for the last."""
-    looks = settings.gamma < 1 and settings.selection == "increase"
-    return ("ascend", "look", "descend") if looks else ("ascend", "descend")
+WITHOUT_PASS: dict[str, Callable[[Step], Ascent]] = {"momentum": along_momentum, "previous": along_previous}
 
 
 def backward(step: Step) -> Tensor:
-    """Leave the step's gradient in ``.grad``; the mean loss at w, 0-dimensional, detached, on the losses' device."""
-    return sharp_backward(step) if is_sharp(step) else plain_backward(step)
+    """Leave the step's gradient in ``.grad``; the mean loss of the first forward, 0-dimensional, detached."""
+    sharp = step.weights and is_sharp(step.settings, step.number)
+    return sharp_backward(step) if sharp else plain_backward(step)
 
 
 def plain_backward(step: Step) -> Tensor:
     """The base optimizer's own gradient, at w on the whole batch."""
-    start = step.model_state.keep(step.rollback, step.findings)
+    start = step.model_state.keep(step.rollback, step.findings, several=False)
     enter(step, "descend")
     losses = descend(step, [None] * len(step.closures))
-    start.first_pass_has_run()
+    start.written.first_pass_has_run()
     leave()
     return mean(losses)
 
 
 def sharp_backward(step: Step) -> Tensor:
-    """The sharpness-aware gradient: ascend, perturb, look, select, descend, restore."""
-    state = step.model_state
-    if state.shards and step.settings.select_over == "all" and len(step.closures) > 1:
+    """The sharpness-aware gradient: survey, ascend, perturb, look, select, descend, restore, each if it is needed."""
+    state, settings = step.model_state, step.settings
+    if state.shards and settings.select_over == "all" and len(step.closures) > 1:
         raise ValueError(
             "select_over='all' may leave out a micro-batch on one rank and not on another, where every rank has to "
             "gather the sharded weights for it: set select_over='micro_batch'"
         )
-    start = state.keep(step.rollback, step.findings, send_buffers=True)
-    use_replicas = state.bypass_replicas(step.rollback)
-
+    todo = passes(settings, all(isinstance(closure, BatchClosure) for closure in step.closures))
+    several = len(todo) > 1
+    start = state.keep(step.rollback, step.findings, several)
+    use_replicas = state.bypass_replicas(step.rollback) if several else None
     watched = state.watch(step.findings)
+    put_back_buffers: Callable[[], None] | None = None  # to what the first of several forwards has left
 
-    enter(step, "ascend")
-    ascent = ascend(step)
-    start.first_pass_has_run()
-    watched()
-    put_back_buffers = state.keep_buffers()
+    surveyed = []
+    if "survey" in todo:
+        enter(step, "look")
+        surveyed = look(step, start)
+        put_back_buffers = state.keep_buffers()
+    if "ascend" in todo:
+        enter(step, "ascend")
+        if surveyed:
+            start.buffers()
+        ascent = ascend(step, surveyed)
+        put_back_buffers = put_back_buffers or state.keep_buffers()
+    else:
+        ascent = WITHOUT_PASS[settings.ascent](step)
+    if several:
+        start.written.first_pass_has_run()
+        watched()
+    before = surveyed or (ascent.losses if settings.ascent_share == 1 else [])  # of all rows at w, if they are known
     perturbation = perturb(step, ascent)
+    if not several:
+        start.written.first_pass_begins()
 
     after = []
-    if "look" in passes(step.settings):
+    if "look" in todo:
         enter(step, "look")
-        after = look(step, ascent.before, start)
-    use_replicas()
-    rows = select(step, ascent.before, after)
+        after = look(step, start, before)
+    if use_replicas is not None:
+        use_replicas()
+    rows = select(step, before, after)
 
     enter(step, "descend")
-    start.buffers()
-    descend(step, rows, ascent.before, perturbation.norm)
+    if several:
+        start.buffers()
+    descended = descend(step, rows, before, perturbation.norm)
+    if not several:
+        start.written.first_pass_has_run(perturbed=True)
     for weight in step.weights:  # the drawn ones were checked in pass 1; what is refused must not depend on the draw
         check_gradient(weight, weight.param.grad)
-    check_reached(ascent)
+    check_reached(step, ascent)
 
     restore(step, perturbation)
-    put_back_buffers()
+    if put_back_buffers is not None:
+        put_back_buffers()
     leave()
-    return mean(ascent.before)
+    return mean(surveyed or ascent.losses or descended)

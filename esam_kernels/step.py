@@ -1,7 +1,8 @@
 """What all passes of one step share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class Step:
         weights: the parameters that can be perturbed: trainable ones in groups whose rho is not 0.
         closures: one for each micro-batch; none where the caller runs the passes.
         model_state: what a forward must not disturb.
+        base_state: the base optimizer's state of each parameter.
         rollback: where changes are registered before they are made.
         findings: what the steps before found out.
         grad_scaler: scales the losses, or None.
@@ -42,5 +44,6 @@ class Step:
     closures: Sequence[Closure]
     model_state: ModelState
     rollback: Rollback
+    base_state: Mapping[Tensor, Mapping[str, Any]] = field(default_factory=dict)
     findings: Findings = field(default_factory=Findings)
     grad_scaler: torch.amp.GradScaler | None = None

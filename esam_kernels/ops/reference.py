@@ -14,7 +14,7 @@ from torch import Tensor
 EPS = 1e-12  # added to the norm, as in the authors' code
 
 # What a Philox counter is drawn for; it keeps the draws of one step independent of each other.
-TENSOR_STREAM, ELEMENT_STREAM, ROUNDING_STREAM, SAMPLE_STREAM = range(4)
+TENSOR_STREAM, ELEMENT_STREAM, ROUNDING_STREAM, SAMPLE_STREAM, ASCENT_STREAM = range(5)
 
 _WORD = 0xFFFFFFFF
 _CHUNK = 1 << 15  # counters worked on at a time: ten rounds over them stay in the L2 cache

@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ops
+from ..ops.reference import ASCENT_STREAM
+from ..options import count_of
 from ..step import Step, Weight
 from ..warn import warn
 from .descend import accumulate, loss_scale
-from .draw import drawn
+from .draw import drawn, random_scores
 from .evaluate import MicroBatch, divisor, steered
 from .partial_gradients import needed_edges
+from .select import extents
 
 
 @dataclass(frozen=True)
@@ -21,45 +25,60 @@ class Ascent:
 
     Attributes:
         weights: the drawn weights.
-        grads: their gradients, up to a common factor: only their direction matters. None for a weight that the loss
-            does not depend on. Emptied by the perturbation, which needs them last.
-        before: the losses at w.
-        unreached: those of the weights that have no gradient.
+        grads: their gradients, or what stands for them, up to a common factor: only their direction matters. None for
+            a weight that stays. Emptied by the perturbation, which needs them last.
+        losses: those at w of the rows that a gradient was taken of.
+        unreached: those of the weights that the losses gave no gradient.
     """
 
     weights: Sequence[Weight]
     grads: list[Tensor | None]
-    before: Sequence[MicroBatch]
-    unreached: Sequence[Weight]
+    losses: Sequence[MicroBatch] = ()
+    unreached: Sequence[Weight] = ()
 
 
-def ascend(step: Step) -> Ascent:
-    """Run pass 1.
+def ascend(step: Step, before: Sequence[MicroBatch]) -> Ascent:
+    """Run pass 1 on the share of the rows that is set.
+
+    Args:
+        step: the step.
+        before: losses at w of all rows, if they are known.
 
     Raises:
         ValueError: if a gradient is sparse.
         RuntimeError: if the model uses reentrant activation checkpoints.
     """
-    weights = drawn(step)
-    before, grads = (ascend_on_shards if step.model_state.shards else ascend_on_replica)(step, weights)
+    weights, rows = drawn(step), ascent_rows(step, before)
+    losses, grads = (ascend_on_shards if step.model_state.shards else ascend_on_replica)(step, weights, rows)
     for weight, grad in zip(weights, grads):
         check_gradient(weight, grad)
-    return Ascent(weights, grads, before, [weight for weight, grad in zip(weights, grads) if grad is None])
+    return Ascent(weights, grads, losses, [weight for weight, grad in zip(weights, grads) if grad is None])
 
 
-def ascend_on_replica(step: Step, weights: Sequence[Weight]) -> tuple[list[MicroBatch], list[Tensor | None]]:
+def ascent_rows(step: Step, before: Sequence[MicroBatch]) -> list[Tensor | None]:
+    """For each micro-batch the rows that pass 1 runs on, ascending; None for all of them."""
+    share = step.settings.ascent_share
+    if share == 1:
+        return [None] * len(step.closures)
+    scores = [random_scores(step, ASCENT_STREAM, i, *extent) for i, extent in enumerate(extents(step, before))]
+    return [ops.select_top(torch.zeros_like(x), x, count_of(share, len(x))) for x in scores]
+
+
+def ascend_on_replica(
+    step: Step, weights: Sequence[Weight], rows: Sequence[Tensor | None]
+) -> tuple[list[MicroBatch], list[Tensor | None]]:
     """The gradient of this rank's own samples, as the SAM paper has it for data parallelism."""
     step.model_state.forget_weight_copies()
     params = [weight.param for weight in weights]
     evaluate, scale = steered(step), loss_scale(step)
-    before: list[MicroBatch] = []
+    losses: list[MicroBatch] = []
     grads: list[Tensor | None] = [None] * len(params)
-    for closure in step.closures:
+    for closure, index in zip(step.closures, rows):
         unchanged = step.model_state.watch_gradients()
-        micro_batch = evaluate(step, closure)
+        micro_batch = evaluate(step, closure, index)
         unchanged()
-        before.append(micro_batch.detach())
-        loss = scale(micro_batch.weighted_sum / divisor(before[0].total_weight))
+        losses.append(micro_batch.detach())
+        loss = scale(micro_batch.weighted_sum / divisor(losses[0].total_weight))
         # Not backward(): that would fill .grad, fire the hooks on it, and compute the gradients of all weights.
         asked: list[Any] = [*params, *needed_edges(loss, params)]
         found: list[Tensor | None] = list(
@@ -72,21 +91,23 @@ def ascend_on_replica(step: Step, weights: Sequence[Weight]) -> tuple[list[Micro
             grads[i] = grad if total is None else total if grad is None else total + grad
             found[i] = None  # two lists are in memory at most
         del micro_batch, loss, found  # the graph, with its activations, before the next one is built
-    return before, grads
+    return losses, grads
 
 
-def ascend_on_shards(step: Step, weights: Sequence[Weight]) -> tuple[list[MicroBatch], list[Tensor | None]]:
+def ascend_on_shards(
+    step: Step, weights: Sequence[Weight], rows: Sequence[Tensor | None]
+) -> tuple[list[MicroBatch], list[Tensor | None]]:
     """The gradient of all ranks' samples, of which each rank gets its shards, by a backward into ``.grad`` alone."""
     shards, params = step.model_state.shards, [weight.param for weight in weights]
     put_back = shards.train_only(params, step.rollback)
     # These parameters may all be unused in a micro-batch: its losses have no graph then, and it no backward.
-    before = accumulate(step, [None] * len(step.closures), steered(step), loss_scale(step), graph=False)
+    losses = accumulate(step, rows, steered(step), loss_scale(step), graph=False)
     shards.reduce_rest()
     put_back()
     grads = [param.grad for param in params]
     for param in params:
         param.grad = None
-    return before, grads
+    return losses, grads
 
 
 def check_gradient(weight: Weight, grad: Tensor | None) -> None:
@@ -102,11 +123,12 @@ def check_gradient(weight: Weight, grad: Tensor | None) -> None:
         )
 
 
-def check_reached(ascent: Ascent) -> None:
+def check_reached(step: Step, ascent: Ascent) -> None:
     """After the last pass, refuse a first one that found none of the gradients found now: SAM would silently be SGD.
 
     Raises:
-        RuntimeError: if no weight had a gradient in pass 1 and some have one now; a warning says it if some had.
+        RuntimeError: if no weight had a gradient in pass 1 and some have one now; a warning says it if some had, or if
+            pass 1 ran on a share of the rows, which need not use what others use.
     """
     late = [weight for weight in ascent.unreached if weight.param.grad is not None]
     if not late:
@@ -116,7 +138,7 @@ def check_reached(ascent: Ascent) -> None:
         "in the first, so they were not perturbed: torch.autograd.grad did not reach them. Pass them as inputs to the "
         "autograd.Function that uses them; if it is torch.utils.checkpoint, give that use_reentrant=False"
     )
-    if len(ascent.unreached) == len(ascent.weights):
+    if len(ascent.unreached) == len(ascent.weights) and step.settings.ascent_share == 1:
         raise RuntimeError(message)
     warn(message)
 

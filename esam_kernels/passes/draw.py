@@ -1,13 +1,16 @@
-"""Stochastic weight perturbation: which weights a step draws, from the seed and the step's number alone.
+"""Which weights a step draws, and which rows, from the seed and the step's number alone.
 
-Source: ESAM (Du et al., ICLR 2022, arXiv 2110.03141) section 3.1. Masks of single elements are drawn inside the
-operators, by ``ops.ElementMask``.
+Source: stochastic weight perturbation, ESAM (Du et al., ICLR 2022, arXiv 2110.03141) section 3.1. Masks of single
+elements are drawn inside the operators, by ``ops.ElementMask``.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
 
-from ..ops.reference import keep_threshold, tensor_words
+import torch
+from torch import Tensor
+
+from ..ops.reference import element_words, keep_threshold, tensor_words
 from ..step import Step, Weight
 
 BLOCK = 16  # steps that are drawn at once: some hundred small tensor operations take as long for one
@@ -46,3 +49,17 @@ def _draw_block(tensor_ids: tuple[int, ...], beta: float, seed: int, block: int)
         [i for i, word in enumerate(words) if word < threshold] or [min(range(len(words)), key=words.__getitem__)]
         for words in rows
     ]
+
+
+def random_scores(step: Step, stream: int, micro_batch: int, size: int, device: torch.device) -> Tensor:
+    """Uniform numbers for the rows of a micro-batch: those with the largest are drawn.
+
+    Args:
+        step: the step.
+        stream: what is drawn for, so that what the ascent draws says nothing of what is selected.
+        micro_batch: its number.
+        size: how many rows it has.
+        device: where they are.
+    """
+    words = element_words(step.settings.seed, step.number, micro_batch, stream, 0, size, device)
+    return words.to(torch.float32)

@@ -1,7 +1,9 @@
 """One call of a closure, checked: the losses of a micro-batch, or of some of its rows."""
 
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from ..closure import Closure
 from ..step import Step
+from ..warn import warn
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,29 @@ def divisor(total: Tensor | int) -> Tensor | int:
 def steered(step: Step) -> Callable[..., MicroBatch]:
     """``evaluate`` for a pass that only steers, in the precision that is set for these."""
     name = step.settings.steering_dtype
-    return evaluate if name is None else step.model_state.low_precision(evaluate, getattr(torch, name))
+    if name is None:
+        return evaluate
+    if step.weights[0].param.device.type == "cpu":
+        warn_if_bf16_is_slow()
+    return step.model_state.low_precision(evaluate, getattr(torch, name))
+
+
+@cache
+def warn_if_bf16_is_slow() -> None:
+    """Say once that steering in bf16 costs time here rather than saving it, where that can be known."""
+    if cpu_has_bf16_units() is False:
+        warn(
+            "steering_dtype = 'bfloat16' on a CPU without bf16 units (AMX, AVX512-BF16) is slower than float32, by "
+            "several times for convolutions: leave it out on this machine"
+        )
+
+
+def cpu_has_bf16_units() -> bool | None:
+    """Whether the CPU multiplies matrices of bf16 in hardware; None where torch cannot tell."""
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # not the public ones: there are none
+    if platform.machine().lower() not in ("x86_64", "amd64") or not all(hasattr(torch.cpu, name) for name in names):
+        return None
+    return any(getattr(torch.cpu, name)() for name in names)
 
 
 def as_row(weight: Any, device: torch.device) -> Any:

@@ -1,4 +1,4 @@
-"""The way of the drawn weights uphill and back: w <- w + e with e = (rho / beta) * m*g / (‖m*g‖ + eps).
+"""The way of the drawn weights uphill and back: w <- w + e with e = ±(rho / beta) * m*g / (‖m*g‖ + eps).
 
 Source: ESAM (Du et al., ICLR 2022, arXiv 2110.03141) algorithm 1, with the scale rho / beta of the authors' code.
 """
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..model_state import copy_all
+from ..schedule import coefficient
 from ..sharding import is_sharded, local_shard, shard_offset, sum_over_shards
 from ..step import Step, Weight
 from .ascend import Ascent
@@ -61,13 +62,14 @@ def perturb(step: Step, ascent: Ascent) -> Perturbation:
             weights = [weight for weight, _ in kind]
             params = [local_shard(weight.param) for weight in weights]
             grads = [local_shard(grad) for _, grad in kind]
-            coefficients = [weight.settings.rho / step.settings.beta for weight in weights]
+            coefficients = [coefficient(step.settings, weight.settings) for weight in weights]
             lists.append((params, grads, coefficients, adaptive, element_mask(step, weights)))
     if len(lists) == 1 and not is_sharded(ascent.weights[0].param):
         norm = None  # these are all, so that the operator computes it
     else:
         squares = [ops.squared_norm(params, grads, adaptive, mask) for params, grads, _, adaptive, mask in lists]
-        square = torch.stack([square.to(squares[0]) for square in squares] or [torch.zeros(())]).sum()
+        nothing = [torch.zeros((), device=weight.param.device) for weight in step.weights[:1]]
+        square = torch.stack([square.to(squares[0]) for square in squares] or nothing).sum()
         norm = perturbation.norm = sum_over_shards(square, [weight.param for weight in ascent.weights]).sqrt()
     for params, grads, coefficients, adaptive, mask in lists:
         backups = perturbation.back_up(params)

@@ -1,4 +1,4 @@
-"""The forward at the perturbed weights, and the samples that the gradient is taken on: those whose loss rose most.
+"""The forwards without a graph, and the samples that the gradient is taken on: those whose loss rose most.
 
 Source: sharpness-sensitive data selection, ESAM (Du et al., ICLR 2022, arXiv 2110.03141) section 3.2.
 """
@@ -10,24 +10,26 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..closure import BatchClosure
 from ..model_state import Start
-from ..ops.reference import SAMPLE_STREAM, element_words
+from ..ops.reference import SAMPLE_STREAM
 from ..options import count_of
 from ..step import Step
+from .draw import random_scores
 from .evaluate import MicroBatch, steered
 
 
-def look(step: Step, before: Sequence[MicroBatch], start: Start) -> list[MicroBatch]:
-    """Pass 2: the losses at the weights as they are, as many as there were ``before``, of the same random numbers.
+def look(step: Step, start: Start, before: Sequence[MicroBatch] = ()) -> list[MicroBatch]:
+    """The losses at the weights as they are, of the same random numbers as those ``before``, and as many if given.
 
     Without a graph, unless forwards ask for gradients themselves.
     """
 
     def run(evaluate: Callable[..., MicroBatch]) -> list[MicroBatch]:
         start.buffers()
-        start.random_state()  # what drops out is what pass 1 dropped
+        start.random_state()  # what drops out is what the first pass dropped
         step.model_state.forget_weight_copies()
-        sizes = [len(one.losses) for one in before]
+        sizes: Sequence[int | None] = [len(one.losses) for one in before] or [None] * len(step.closures)
         return [evaluate(step, closure, size=size, graph=False).detach() for closure, size in zip(step.closures, sizes)]
 
     if not step.findings.forward_needs_graph:
@@ -40,6 +42,13 @@ def look(step: Step, before: Sequence[MicroBatch], start: Start) -> list[MicroBa
     return run(steered(step))
 
 
+def extents(step: Step, before: Sequence[MicroBatch]) -> list[tuple[int, torch.device]]:
+    """How many rows each micro-batch has and where, from its losses, or without them from its closure."""
+    if before:
+        return [(len(one.losses), one.losses.device) for one in before]
+    return [(closure.size, closure.device) for closure in step.closures if isinstance(closure, BatchClosure)]
+
+
 def select(step: Step, before: Sequence[MicroBatch], after: Sequence[MicroBatch]) -> list[Tensor | None]:
     """For each micro-batch the rows that the gradient is taken on, ascending; None for all of them.
 
@@ -47,24 +56,23 @@ def select(step: Step, before: Sequence[MicroBatch], after: Sequence[MicroBatch]
 
     Args:
         step: the step.
-        before: losses at w.
+        before: losses at w; none if no pass found those of all rows, which a random selection can do without.
         after: losses at w + e, if the selection needs them.
     """
     settings = step.settings
     if settings.gamma == 1:
-        return [None] * len(before)
-    low = [one.losses for one in before]
-    if settings.selection == "increase":
-        high = [one.losses for one in after]
+        return [None] * len(step.closures)
+    if settings.selection == "random":
+        high = [random_scores(step, SAMPLE_STREAM, i, *extent) for i, extent in enumerate(extents(step, before))]
     else:
-        high = low if settings.selection == "loss" else [random_scores(step, i, x) for i, x in enumerate(low)]
-        low = [torch.zeros_like(x) for x in high]
+        high = [one.losses for one in (after if settings.selection == "increase" else before)]
+    low = [one.losses for one in before] if settings.selection == "increase" else [torch.zeros_like(x) for x in high]
     for i, one in enumerate(before):
         if one.sample_weights is not None:  # what has no weight, such as rows of padding, comes last
             padding = one.sample_weights == 0
             low[i], high[i] = low[i].masked_fill(padding, 0), high[i].masked_fill(padding, -math.inf)
     sizes = [len(x) for x in low]
-    if settings.select_over == "micro_batch" or len(before) == 1:
+    if settings.select_over == "micro_batch" or len(high) == 1:
         counts = [at_least(step, count_of(settings.gamma, size), size) for size in sizes]
         return [ops.select_top(a, b, k) for a, b, k in zip(low, high, counts)]
     index = ops.select_top(torch.cat(low), torch.cat(high), count_of(settings.gamma, sum(sizes)))
@@ -82,9 +90,3 @@ def select(step: Step, before: Sequence[MicroBatch], after: Sequence[MicroBatch]
 def at_least(step: Step, count: int, size: int) -> int:
     """``count`` rows of ``size``, or two where a batch norm needs them and there are two."""
     return 2 if count == 1 and size > 1 and step.model_state.trains_batch_norm else count
-
-
-def random_scores(step: Step, micro_batch: int, losses: Tensor) -> Tensor:
-    """Uniform numbers for the samples of a micro-batch, from the seed and the step alone."""
-    words = element_words(step.settings.seed, step.number, micro_batch, SAMPLE_STREAM, 0, len(losses), losses.device)
-    return words.to(torch.float32)

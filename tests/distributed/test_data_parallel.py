@@ -106,6 +106,26 @@ TRAINING = {
     "by element": {"esam": {"granularity": "element"}},
     "interval": {"esam": {"interval": 2}},
     "a closure by hand": {"by_hand": True},
+    "momentum": {"esam": {"ascent": "momentum", "gamma": 1.0}},
+    "momentum, with a selection in micro-batches": {"esam": {"ascent": "momentum"}, "sizes": [4, 8]},
+    "momentum of uneven random rows": {
+        "esam": {"ascent": "momentum", "selection": "random", "granularity": "element"},
+        "sizes": [[12], [5], [8]],
+    },
+    "previous": {"esam": {"ascent": "previous", "gamma": 1.0}},
+    "previous and unused parameters": {
+        "esam": {"ascent": "previous", "adaptive": True},
+        "ddp": {"find_unused_parameters": True},
+        "network": WithUnused,
+    },
+    "previous in float16 with a scaler, clipping and micro-batches": {
+        "esam": {"ascent": "previous"},
+        "amp": True,
+        "sizes": [4, 8],
+        "network": lambda: mlp(nn.BatchNorm1d(8)),
+    },
+    "a share of the rows": {"esam": {"ascent_share": 0.5}, "sizes": [4, 8]},
+    "momentum in every second step from the fifth on": {"esam": {"ascent": "momentum", "start": 5, "interval": 2}},
 }
 
 
@@ -161,6 +181,10 @@ def communication(rank: int, sizes: list[int], **esam):
         sync_buffers()
 
     replica.register_comm_hook(None, reduce)
+    optimizer = optimizer_of(replica, **esam)
+    if "ascent" in esam:  # so that there is something to climb along
+        optimizer.step(closures_of(replica, data(rank)[1], sizes))
+        counts[:] = 0, 0
     replica._sync_buffers = broadcast
     seen = []
 
@@ -172,7 +196,7 @@ def communication(rank: int, sizes: list[int], **esam):
         call.model = replica
         return call
 
-    optimizer_of(replica, **esam).backward([counting(c) for c in closures_of(replica, data(rank)[0], sizes)])
+    optimizer.backward([counting(c) for c in closures_of(replica, data(rank)[0], sizes)])
     return [*seen, tuple(counts)]
 
 
@@ -309,6 +333,10 @@ SCENARIOS = {
     **{f"gradient, {name}": (gradient, {"sizes": sizes}) for name, sizes in SIZES.items()},
     **{f"communication, {name}": (communication, {"sizes": sizes}) for name, sizes in SIZES.items()},
     "communication, plain": (communication, {"sizes": [4, 8], "rho": 0.0}),
+    **{
+        f"communication, {ascent}": (communication, {"sizes": [4, 8], "ascent": ascent, "gamma": 1.0})
+        for ascent in ("momentum", "previous")
+    },
     **{f"failure {when}": (failure, {"when": when}) for when in (1, 2, 3)},
     **{
         f"overflow in {where}, {name}": (overflow, {"passes": passes, "sizes": sizes})
@@ -370,14 +398,14 @@ def test_the_gradient_is_the_mean_of_those_of_the_ranks(results, name):
             torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", [*SIZES, "plain"])
+@pytest.mark.parametrize("name", [*SIZES, "plain", "momentum", "previous"])
 def test_only_the_last_backward_of_pass_3_communicates(results, name):
     for counts in results(f"communication, {name}"):
         *before, (reduced, _) = counts
-        assert len(before) == {"one batch": 3, "micro-batches": 6, "plain": 2}[name]
+        assert len(before) == {"one batch": 3, "micro-batches": 6}.get(name, 2)
         assert {count[0] for count in before} == {0}
         assert reduced > 0
-        if name != "plain":  # buffers, once before pass 1; pass 3's own broadcast comes with its forward
+        if name in SIZES:  # buffers, once before pass 1; pass 3's own broadcast comes with its forward
             assert {count[1] for count in before[: 2 * len(SIZES[name]) + 1]} == {1}
 
 

@@ -26,6 +26,7 @@ from torch.torch_version import TorchVersion
 
 from esam_kernels import ESAM, batch_closure, ops
 from esam_kernels.passes.draw import draw_tensors
+from esam_kernels.passes.sources import PREVIOUS
 from esam_kernels.sharding import ShardedModules
 
 STEPS = 5
@@ -131,6 +132,24 @@ TRAINING = {
         "sizes": [[4, 8]] * 3,
     },
     "group norm in channels_last": {"network": group_norm, "shard": fully_shard, "esam": {"beta": 0.3}},
+    "momentum": {"esam": {"ascent": "momentum", "gamma": 1.0}},
+    "momentum by element, with a selection": {"esam": {"ascent": "momentum", "granularity": "element"}},
+    "momentum of AdamW, adaptive, in micro-batches": {
+        "esam": {"ascent": "momentum", "adaptive": True, "base": torch.optim.AdamW},
+        "sizes": [[4, 8], [10, 6], [2, 2]],
+    },
+    "previous": {"esam": {"ascent": "previous", "gamma": 1.0}},
+    "previous by element, by loss, in micro-batches": {
+        "esam": {"ascent": "previous", "granularity": "element", "selection": "loss"},
+        "sizes": [[4, 8]] * 3,
+    },
+    "previous of AdamW, adaptive": {"esam": {"ascent": "previous", "adaptive": True, "base": torch.optim.AdamW}},
+    "momentum, offloaded": {
+        "esam": {"ascent": "momentum"},
+        "fsdp": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+        "only_on": "cpu",
+    },
+    "momentum in every second step from the second on": {"esam": {"ascent": "momentum", "start": 1, "interval": 2}},
     "tied weights": {"network": tied, "shard": fully_shard},
     "offloaded": {"fsdp": {"offload_policy": CPUOffloadPolicy(pin_memory=False)}, "only_on": "cpu"},
 }
@@ -160,6 +179,32 @@ def training(
             closure._inputs = closure._inputs.to(dtype)
         together.step(closures)
     return whole(model), plain(expected)
+
+
+def share(rank, **esam):
+    """The same batches on all ranks, of which they draw the same rows."""
+    expected, model = network(), shard(network())
+    alone, together = (optimizer_of(one, ascent_share=0.3, **esam) for one in (expected, model))
+    for step in range(STEPS):
+        alone.step(closures_of(expected, 0, [12], step))
+        together.step(closures_of(model, 0, [12], step))
+    return whole(model), plain(expected)
+
+
+def overflow_of_what_is_kept(rank):
+    """In a gradient of one rank alone, in a step that is taken all the same: all ranks keep what they had."""
+    model = shard(network())
+    optimizer = optimizer_of(model, ascent="previous")
+    found = []
+    for step, spoiled in enumerate([False, True]):
+        optimizer.backward(closures_of(model, rank, [12], step))
+        found.append([param.grad.to_local().clone() for param in model.parameters()])
+        if spoiled and rank == 0:
+            next(model.parameters()).grad.to_local()[0, 0] = float("inf")
+        optimizer.step()
+        kept = [optimizer.state[param][PREVIOUS].to_local() for param in model.parameters()]
+        found.append([one.clone() for one in kept])
+    return found
 
 
 def gradient(rank):
@@ -376,13 +421,13 @@ def held(rank):
     return *kept, sum(param.numel() for param in model.parameters())
 
 
-def checkpoint(rank, granularity):
+def checkpoint(rank, granularity, ascent="gradient"):
     """Saved by all ranks but the last, and loaded by all of them."""
     world = dist.get_world_size()
     few = list(range(max(1, world - 1)))
     mesh = DeviceMesh(device(), few)
-    folder = f"checkpoint, {granularity}"
-    options = {"granularity": granularity, "base": torch.optim.AdamW}
+    folder = f"checkpoint, {granularity}, {ascent}"
+    options = {"granularity": granularity, "base": torch.optim.AdamW, "ascent": ascent}
     if rank in few:
         model = shard(network(), mesh=mesh)
         optimizer = optimizer_of(model, **options)
@@ -476,6 +521,8 @@ def a_killed_rank(rank, when):
 SCENARIOS = {
     **{f"training, {name}": (training, options) for name, options in TRAINING.items()},
     "gradient": (gradient, {}),
+    **{f"share, gamma {gamma}": (share, {"gamma": gamma}) for gamma in (0.5, 1.0)},
+    "overflow of what is kept": (overflow_of_what_is_kept, {}),
     **{
         f"perturbation, {granularity}, {dtype}": (perturbation, {"granularity": granularity, "dtype": dtype})
         for granularity in ("tensor", "element")
@@ -496,6 +543,10 @@ SCENARIOS = {
     **{
         f"checkpoint, {granularity}": (checkpoint, {"granularity": granularity})
         for granularity in ("tensor", "element")
+    },
+    **{
+        f"checkpoint, {ascent}": (checkpoint, {"granularity": "tensor", "ascent": ascent})
+        for ascent in ("momentum", "previous")
     },
     "refusals": (refusals, {}),
     **{f"ranks that differ in {name}": (differing, {"name": name}) for name in ("seed", "rho", "gamma", "esam_step")},
@@ -536,6 +587,19 @@ def test_a_run_is_that_of_one_process(results, name):
 def test_the_gradient_is_that_of_one_process(results):
     for found, expected in results("gradient"):
         check_close(found, expected)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_a_share_of_the_rows_is_that_of_one_process(results, gamma):
+    for found, expected in results(f"share, gamma {gamma}"):
+        check_close(found, expected)
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_is_kept_on_none(results):
+    for gradient, kept, next_gradient, kept_then in results("overflow of what is kept"):
+        assert same(gradient, kept)
+        assert same(kept, kept_then)
+        assert not same(gradient, next_gradient)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "element"])
@@ -598,9 +662,9 @@ def test_each_rank_keeps_backups_and_gradients_of_its_own_shards_alone(results):
     assert sum(sum(backups) for backups, *_ in found) == found[0][-1]
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "element"])
-def test_a_checkpoint_is_loaded_on_another_number_of_ranks(results, granularity):
-    for found, expected in results(f"checkpoint, {granularity}"):
+@pytest.mark.parametrize("name", ["tensor", "element", "momentum", "previous"])
+def test_a_checkpoint_is_loaded_on_another_number_of_ranks(results, name):
+    for found, expected in results(f"checkpoint, {name}"):
         check_close(found, expected)
 
 

@@ -258,6 +258,55 @@ def test_a_rho_for_each_group():
     assert moved <= {i for i, param in enumerate(start) if param.dim() > 1}
 
 
+def test_rho_in_proportion_to_the_learning_rate():
+    recipe = Recipe("rho in proportion to the learning rate")
+    seen = []
+    recipe["optimizer"].register_step_pre_hook(lambda optimizer, *_: seen.append(dict(optimizer.param_groups[0])))
+    recipe.run().check_trained()
+    assert len({group["rho"] for group in seen}) == BATCHES
+    for group in seen:
+        assert group["rho"] == pytest.approx(0.05 * group["lr"] / 0.1)
+
+
+def forwards(recipe: Recipe) -> list[int]:
+    """How many there are in each step of a recipe, which is run."""
+    counts = [0] * (BATCHES + 1)
+
+    def count(*_):
+        counts[recipe.steps()] += 1
+
+    recipe["model"].register_forward_pre_hook(count)
+    recipe.run().check_trained()
+    return counts[:BATCHES]
+
+
+def test_sam_at_the_base_optimizer_s_price():
+    recipe = Recipe("SAM at the base optimizer's price")
+    assert forwards(recipe) == [1] * BATCHES
+    assert recipe["optimizer"].param_groups[0]["rho"] == 0.3
+    model, plain = recipe.twin(rho=0.0)
+    for batch in recipe["loader"]:
+        plain.step(batch_closure(model, recipe["loss_fn"], *batch))
+    assert not same(values(recipe["model"]), values(model))
+
+
+def test_momentum_first_and_sam_in_the_tail():
+    recipe = Recipe("Momentum first, SAM in the tail")
+    assert forwards(recipe) == [1] * (BATCHES * 3 // 4) + [2] * (BATCHES // 4)
+
+
+def test_sam_on_normalization_layers_alone():
+    recipe = Recipe("SAM on normalization layers alone")
+    names: list[set[str]] = []
+    for name, param in recipe["model"].named_parameters():
+        param.register_hook(lambda grad, name=name: names[-1].add(name))
+    recipe["model"].register_forward_pre_hook(lambda *_: names.append(set()))
+    recipe.run().check_trained()
+    assert (
+        names == [{"1.weight", "1.bias"}, {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"}] * BATCHES
+    )
+
+
 def test_fine_tuning_with_frozen_layers():
     recipe = Recipe("Fine-tuning with frozen layers").run()
     assert recipe.steps() == BATCHES

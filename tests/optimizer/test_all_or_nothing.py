@@ -106,6 +106,12 @@ SETUPS = {
     "adaptive, over all, with a scaler": {"adaptive": True, "select_over": "all", "scaler": True},
     "random": {"selection": "random"},
     "base step": {"interval": 3},
+    "momentum": {"ascent": "momentum", "gamma": 1.0},
+    "momentum, with a selection": {"ascent": "momentum", "adaptive": True},
+    "previous": {"ascent": "previous", "scaler": True, "gamma": 1.0},
+    "previous, with a selection": {"ascent": "previous", "selection": "loss", "granularity": "element"},
+    "a share": {"ascent_share": 0.5},
+    "before start": {"start": 3, "ascent": "momentum"},
 }
 
 
@@ -157,6 +163,7 @@ def plant() -> None:
 
 def check_every_place(options: dict[str, Any], act: Callable[[], None], raised: type) -> None:
     """At every place of ``backward``, ``act``: it must end in the exception, and leave everything as it was."""
+    Setup(**options).backward()  # imports and fills caches, once
     rehearsal = Setup(**options)
     found = places(rehearsal.backward)
     assert len(found) > 100
@@ -182,8 +189,9 @@ def test_an_exception_at_any_line(name: str) -> None:
 
 @needs_fsdp2
 @pytest.mark.usefixtures("one_rank")
-def test_an_exception_at_any_line_of_a_sharded_step() -> None:
-    check_every_place({"sharded": True}, plant, PlantedError)
+@pytest.mark.parametrize("ascent", ["gradient", "momentum", "previous"])
+def test_an_exception_at_any_line_of_a_sharded_step(ascent: str) -> None:
+    check_every_place({"sharded": True, "ascent": ascent}, plant, PlantedError)
 
 
 @pytest.fixture
@@ -195,7 +203,7 @@ def ctrl_c_raises() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("ctrl_c_raises")
-@pytest.mark.parametrize("name", ["esam", "base step"])
+@pytest.mark.parametrize("name", ["esam", "base step", "momentum", "previous, with a selection"])
 def test_ctrl_c_at_any_line(name: str) -> None:
     check_every_place(SETUPS[name], lambda: signal.raise_signal(signal.SIGINT), KeyboardInterrupt)
 
@@ -241,13 +249,14 @@ def test_a_signal_without_a_handler_ends_the_process_in_a_step(signum: int) -> N
 
 
 @pytest.mark.usefixtures("ctrl_c_raises")
-def test_ctrl_c_at_any_line_of_the_base_optimizer_s_step_comes_before_it_or_after_it() -> None:
+@pytest.mark.parametrize("ascent", ["gradient", "previous"])
+def test_ctrl_c_at_any_line_of_the_base_optimizer_s_step_comes_before_it_or_after_it(ascent: str) -> None:
     """Of its weights and of its state."""
 
     def moved(setup: Setup) -> list[Any]:
         return copy.deepcopy([list(setup.model.parameters()), setup.optimizer.base.state_dict()])
 
-    rehearsal = Setup(foreach=False)
+    rehearsal = Setup(foreach=False, ascent=ascent)
     rehearsal.backward()
     before = moved(rehearsal)
     where = (PACKAGE, str(pathlib.Path(torch.optim.__file__).parent))
@@ -256,7 +265,7 @@ def test_ctrl_c_at_any_line_of_the_base_optimizer_s_step_comes_before_it_or_afte
     assert sum(line[0].endswith("sgd.py") for line, _ in found) > 20
     ends = set()
     for place in found:
-        setup = Setup(foreach=False)
+        setup = Setup(foreach=False, ascent=ascent)
         setup.backward()
         handlers = setup.snapshot()[-1]
         with pytest.raises(KeyboardInterrupt):

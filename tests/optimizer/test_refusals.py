@@ -35,6 +35,11 @@ OUT_OF_RANGE = [
     ("interval", 0, ">= 1"),
     ("interval", -3, ">= 1"),
     ("interval", 2.5, ">= 1"),
+    ("ascent", "velocity", "'gradient', 'momentum' or 'previous'"),
+    ("ascent_share", 0.0, r"\(0, 1\]"),
+    ("ascent_share", 1.5, r"\(0, 1\]"),
+    ("start", -1, ">= 0"),
+    ("start", 2.5, ">= 0"),
     ("adaptive", "yes", "True or False"),
     ("granularity", "layer", "'tensor' or 'element'"),
     ("selection", "top", "'increase', 'loss' or 'random'"),
@@ -197,6 +202,8 @@ GROUPS = [
     ({"seed": 3}, "seed.*only rho and adaptive may differ"),
     ({"interval": 3}, "interval.*only rho and adaptive may differ"),
     ({"granularity": "element"}, "granularity.*only rho and adaptive may differ"),
+    ({"ascent": "previous"}, "ascent.*only rho and adaptive may differ"),
+    ({"rho": None}, "rho = None.*>= 0"),
 ]
 
 
@@ -355,6 +362,9 @@ def test_sparse_gradients_in_first_step():
     [
         ({"gamma": 0.5}, r"gamma = 0\.5.*gamma=1"),
         ({"interval": 2}, "interval = 2.*interval=1"),
+        ({"start": 2}, "start = 2.*start=0"),
+        ({"ascent": "previous"}, "ascent = 'previous'.*ascent='gradient'"),
+        ({"ascent_share": 0.5}, r"ascent_share = 0\.5.*ascent_share=1"),
         ({"steering_dtype": torch.bfloat16}, "steering_dtype.*steering_dtype=None"),
     ],
 )

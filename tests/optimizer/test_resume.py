@@ -16,6 +16,19 @@ from esam_kernels import ESAM, batch_closure
 DATA = batches(12)
 bases = pytest.mark.parametrize("base", BASES)
 granularities = pytest.mark.parametrize("granularity", ["tensor", "element"])
+# Every direction of ascent, saved in every phase: after five steps the first is a plain one, or a sharp one.
+SOURCES = [
+    {"ascent": ascent, "start": start, "interval": interval, "ascent_share": share, "granularity": granularity}
+    for ascent, share, granularity in (
+        ("gradient", 0.5, "tensor"),
+        ("momentum", 1.0, "tensor"),
+        ("momentum", 1.0, "element"),
+        ("previous", 1.0, "tensor"),
+        ("previous", 1.0, "element"),
+    )
+    for start, interval in ((0, 1), (5, 1), (7, 1), (1, 2), (2, 2))
+]
+sources = pytest.mark.parametrize("source", SOURCES, ids=lambda source: " ".join(map(str, source.values())))
 
 
 def build(base: str, seed: int = 0, **options) -> tuple[nn.Module, ESAM]:
@@ -50,18 +63,62 @@ def test_torch_save(base, granularity):
         assert group["esam_step"] == len(DATA)
 
 
+@bases
+@sources
+def test_each_source_in_each_phase(base, source):
+    options = {**source, "seed": 5, "rho": 0.2}
+    model, optimizer = build(base, **options)
+    train(model, optimizer, DATA[:5])
+    checkpoint = through_torch_save({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    copied, copied_optimizer = copy.deepcopy((model, optimizer))
+    weights, state = copy.deepcopy(get_state_dict(model, optimizer))
+    train(model, optimizer, DATA[5:])
+
+    resumed, resumed_optimizer = build(base, seed=1)  # the settings are the checkpoint's
+    resumed.load_state_dict(checkpoint["model"])
+    resumed_optimizer.load_state_dict(checkpoint["optimizer"])
+    train(resumed, resumed_optimizer, DATA[5:])
+    assert same(values(model), values(resumed))
+    train(copied, copied_optimizer, DATA[5:])
+    assert same(values(model), values(copied))
+
+    resumed, fresh = build(base, seed=1)
+    set_model_state_dict(resumed, weights)
+    set_optimizer_state_dict(resumed, fresh, state)
+    train(resumed, fresh, DATA[5:])
+    assert same(values(model), values(resumed))
+
+
+def test_a_checkpoint_from_before_there_were_sources_takes_those_that_are_set():
+    model, optimizer = build("sgd")
+    train(model, optimizer, DATA[:5])
+    checkpoint = optimizer.state_dict()
+    for group in checkpoint["param_groups"]:
+        for key in ("ascent", "ascent_share", "start"):
+            del group[key]
+    for ascent in ("gradient", "momentum", "previous"):
+        twin = copy.deepcopy(model)
+        resumed = ESAM(twin.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, ascent=ascent, start=2)
+        resumed.load_state_dict(copy.deepcopy(checkpoint))
+        group = resumed.param_groups[0]
+        assert (group["ascent"], group["start"], group["ascent_share"], group["rho"]) == (ascent, 2, 1.0, 0.05)
+        train(twin, resumed, DATA[5:])
+        assert all(value.isfinite().all() for value in values(twin))
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # a single process is what is meant
 @bases
-@granularities
+@pytest.mark.parametrize("kind", ["tensor", "element", "momentum", "previous"])
 @pytest.mark.parametrize("has_state", [False, True], ids=["lazy", "initialized"])
-def test_distributed_checkpoint(base, granularity, has_state, tmp_path):
-    model, optimizer = build(base, granularity=granularity, seed=5, rho=0.2)
+def test_distributed_checkpoint(base, kind, has_state, tmp_path):
+    options = {"ascent" if kind in ("momentum", "previous") else "granularity": kind}
+    model, optimizer = build(base, **options, seed=5, rho=0.2)
     train(model, optimizer, DATA[:5])
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path)
     train(model, optimizer, DATA[5:])
 
-    resumed, resumed_optimizer = build(base, seed=1, granularity=granularity)
+    resumed, resumed_optimizer = build(base, seed=1, **options)
     if has_state:
         train(resumed, resumed_optimizer, DATA[:2])
     before = values(resumed)

@@ -29,6 +29,11 @@ def a_network() -> nn.Module:
         {"selection": "random"},
         {"steering_dtype": torch.bfloat16},
         {"interval": 2},
+        {"ascent": "momentum"},
+        {"ascent": "momentum", "selection": "random"},
+        {"ascent": "previous", "gamma": 1.0},
+        {"ascent_share": 0.25, "gamma": 1.0},
+        {"ascent_share": 0.25, "start": 2},
     ],
     ids=str,
 )

@@ -1,0 +1,86 @@
+"""Directions to climb along that need no pass, since they stand in the base optimizer's state.
+
+Source: MSAM (Becker et al., arXiv 2401.12033) for the base's first moment. Its sign is in ``schedule.coefficient``.
+"""
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..sharding import local_shard, sum_over_shards
+from ..step import Step, Weight
+from .ascend import Ascent
+from .draw import drawn
+
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer")  # of Adam and its kin, Lion and others; of SGD, RMSprop and Muon
+PREVIOUS = "esam_previous"  # stands in the state of a parameter beside what the base optimizer keeps there
+
+
+def along_momentum(step: Step) -> Ascent:
+    """The base's first moments as the last step has left them; a weight that has none yet stays.
+
+    Raises:
+        ValueError: if the base optimizer keeps none.
+    """
+    weights = drawn(step)
+    return Ascent(weights, [first_moment(weight, step.base_state.get(weight.param, {})) for weight in weights])
+
+
+def along_previous(step: Step) -> Ascent:
+    """The gradients that the last step was taken with; a weight that had none stays."""
+    weights = drawn(step)
+    return Ascent(weights, [step.base_state.get(weight.param, {}).get(PREVIOUS) for weight in weights])
+
+
+def first_moment(weight: Weight, state: Mapping[str, Any]) -> Tensor | None:
+    """The sum or mean of a weight's gradients that the base optimizer keeps; None if it has none yet.
+
+    Raises:
+        ValueError: if the base optimizer keeps other things of the weight, but not this.
+    """
+    names = [name for name in FIRST_MOMENTS if name in state]
+    moment = state[names[0]] if names else None
+    if isinstance(moment, Tensor) and moment.shape == weight.param.shape and moment.dtype.is_floating_point:
+        return moment
+    if moment is None and (names or state.keys() <= {PREVIOUS}):
+        return None
+    raise ValueError(
+        f"ascent = 'momentum' needs a first moment, and of parameter {weight.tensor_id}, of shape "
+        f"{list(weight.param.shape)}, the base optimizer keeps only {', '.join(state)}: take one that keeps "
+        f"{' or '.join(FIRST_MOMENTS)} in the parameter's shape, such as SGD with momentum or AdamW, or set "
+        "ascent='previous' or 'gradient'"
+    )
+
+
+def copy_gradients(params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> dict[Tensor, Tensor]:
+    """Copies of the gradients that a step is about to be taken with, by their parameters.
+
+    If their norm is not finite, such as in a step that a fused optimizer skips for a ``GradScaler``, what was kept
+    before is copied instead, or zeros if there was nothing. That is decided on the device.
+    """
+    with_grad = [param for param in params if param.grad is not None and param.grad.layout == torch.strided]
+    grads = [param.grad for param in with_grad if param.grad is not None]
+    copies = [torch.empty_like(grad) for grad in grads]
+    if not grads:
+        return {}
+    local = [local_shard(grad) for grad in grads]
+    finite = sum_over_shards(ops.squared_norm(local, local), grads).isfinite()
+    for param, grad, copy in zip(with_grad, local, map(local_shard, copies)):
+        kept = state.get(param, {}).get(PREVIOUS)
+        other = torch.zeros((), dtype=grad.dtype, device=grad.device) if kept is None else local_shard(kept)
+        torch.where(finite.to(grad.device), grad, other.to(grad.dtype), out=copy)
+    return dict(zip(with_grad, copies))
+
+
+def keep_gradients(state: MutableMapping[Tensor, dict[str, Any]], copies: Mapping[Tensor, Tensor]) -> None:
+    """Keep these gradients for the next step, and none of those from before.
+
+    Only after the base optimizer's step: many take a state that is not empty for one that they have made.
+    """
+    for entry in state.values():
+        entry.pop(PREVIOUS, None)
+    for param, copy in copies.items():
+        state.setdefault(param, {})[PREVIOUS] = copy
