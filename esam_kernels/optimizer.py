@@ -237,10 +237,11 @@ class ESAM(torch.optim.Optimizer):
         Args:
             closure: ``closure(index)`` returns the losses of the batch's rows in ``index`` (int64, shape [k]; None:
                 all of them) with their graph: one per sample, shape [b], or (losses, weights) of shape [b] each, of
-                which weighted means are taken. ``batch_closure`` makes one. A list of closures is a list of
-                micro-batches, whose gradients add up to that of one batch. With ``gamma=1`` one loss will do, a
-                0-dimensional tensor, or a mapping or an object that has it as ``loss``; micro-batches then weigh
-                alike, or by what comes with it as (loss, weight).
+                which weighted means are taken. ``batch_closure`` makes one, which knows how many rows it has; where
+                rows are drawn before a pass has told that, one written by hand costs a forward more. A list of
+                closures is a list of micro-batches, whose gradients add up to that of one batch. With ``gamma=1`` one
+                loss will do, a 0-dimensional tensor, or a mapping or an object that has it as ``loss``; micro-batches
+                then weigh alike, or by what comes with it as (loss, weight).
             grad_scaler: scales the losses; ``unscale_``, ``step`` and ``update`` are called on it as always.
 
         Returns:

@@ -56,7 +56,8 @@ def select(step: Step, before: Sequence[MicroBatch], after: Sequence[MicroBatch]
 
     Args:
         step: the step.
-        before: losses at w; none if no pass found those of all rows, which a random selection can do without.
+        before: losses at w; none if no pass found those of all rows, which a random selection can do without. It
+            then does not know either which rows have no weight.
         after: losses at w + e, if the selection needs them.
     """
     settings = step.settings

@@ -9,6 +9,7 @@ import pytorch_optimizer
 import torch
 from networks import BASES, batches, cross_entropy, grads, mlp, perturbed, same, train, values
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from esam_kernels import ESAM, batch_closure
 from esam_kernels.ops import ElementMask
@@ -364,6 +365,70 @@ def test_a_share_of_the_rows_gives_the_ascent_its_gradient():
     for mine, theirs in zip(grads(model), grads(there)):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-13)
     torch.testing.assert_close(loss, cross_entropy(model(inputs[rows]), targets[rows]).mean().detach())
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_random_rows_of_micro_batches_that_no_forward_has_measured_add_up_to_their_mean(weighted):
+    model, seen = network(), []
+    inputs, targets = data(1)[0]
+    weights = torch.rand(SIZE, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+    def loss_fn(outputs, batch):
+        seen.append((batch[1], cross_entropy(outputs, batch[0])))
+        return (seen[-1][1], weights[batch[1]]) if weighted else seen[-1][1]
+
+    rows = torch.arange(SIZE)
+    closures = [
+        batch_closure(model, loss_fn, x, (y, i))
+        for x, y, i in zip(*(t.split([5, 1, 10]) for t in (inputs, targets, rows)))
+    ]
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, ascent="momentum", selection="random")
+    loss = optimizer.backward(closures)
+    chosen = torch.cat([index for index, _ in seen])
+    assert [len(index) for index, _ in seen] == [2, 1, 5]
+    twin = network()
+    w = weights[chosen] if weighted else torch.ones(8, dtype=torch.float64)
+    expected = (cross_entropy(twin(inputs[chosen]), targets[chosen]) * w).sum() / w.sum()
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    for mine, theirs in zip(grads(model), grads(twin)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-13)
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses what would make the host wait for a device, if the tensors were on one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (
+            torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal,
+            torch.ops.aten.masked_select, torch.ops.aten.is_nonzero,
+        ), func  # fmt: skip
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ascent": "momentum"},
+        {"ascent": "momentum", "gamma": 1},
+        {"ascent": "previous", "selection": "random"},
+        {"ascent": "previous", "gamma": 1, "adaptive": True},
+        {"ascent_share": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_asks_for_no_number_from_the_device(options, scaled):
+    model = network()
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, **options)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    for batch in data(3):
+        with NoSync():
+            optimizer.backward(batch_closure(model, cross_entropy, *batch), scaler)
+            optimizer.step()
+    item = torch.ones(())
+    with NoSync(), pytest.raises(AssertionError):
+        item.item()
 
 
 SETTINGS = [
