@@ -82,13 +82,14 @@ class ESAM(torch.optim.Optimizer):
             said to be per parameter group. None, or the same parameters, if ``base`` is an optimizer already.
         base: class of the base optimizer, made with ``base_options``; or a ready optimizer.
     {options}
-        model: the model, if closures are written by hand: its buffers are kept from the extra passes.
+        model: the model, if closures are written by hand: its buffers are kept from the extra passes. Several networks
+            are given as one ``nn.ModuleList``.
         base_options: options of the base optimizer's class.
 
     Raises:
         ValueError: if a value is out of its range, a name of ``base_options`` is one of ESAM's, parameters are complex
             or not the base optimizer's, or the base optimizer maximizes or needs a closure for its own step.
-        TypeError: if ``base`` is no optimizer.
+        TypeError: if ``base`` is no optimizer, or ``model`` no module.
     """
 
     def __init__(
@@ -99,6 +100,8 @@ class ESAM(torch.optim.Optimizer):
         model: nn.Module | None = None,
         **base_options: Any,
     ) -> None:
+        if not isinstance(model, nn.Module | None):
+            raise TypeError(f"model is {model!r}: give a module, and several networks as one nn.ModuleList")
         # Optimizer.__init__ is not called: it would make groups, state and hooks beside the base optimizer's.
         given = {name: base_options.pop(name) for name in OPTIONS if name in base_options}
         base, keys = make_base(params, base, base_options)
@@ -265,7 +268,8 @@ class ESAM(torch.optim.Optimizer):
         step = self._make_step(rollback, closures, grad_scaler)
 
         def work() -> Tensor:
-            rollback.undo_by(lambda: self._reset(step.number))
+            # The number and not the step, which holds the rollback: in a cycle the backups would outlive the step.
+            rollback.undo_by(partial(self._reset, step.number))
             self._progress.phase = "backward()"
             self.base.zero_grad()
             loss = sharpness.backward(step)

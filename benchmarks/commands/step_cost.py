@@ -188,6 +188,7 @@ def agreement(one: ESAMTrainer, inputs: Tensor, targets: Tensor, step: int) -> t
             group["steering_dtype"] = name
             set_step(one, step)
             one.optimizer.backward(one.closure(inputs, targets))
+            one.optimizer.zero_grad()  # no step is taken with it
     group["steering_dtype"] = own
     exact, steered = directions
     return nn.functional.cosine_similarity(exact, steered, dim=0).item(), torch.isin(*chosen).double().mean().item()

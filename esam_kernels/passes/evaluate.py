@@ -84,10 +84,10 @@ def cpu_has_bf16_units() -> bool | None:
     return any(getattr(torch.cpu, name)() for name in names)
 
 
-def as_row(weight: Any, device: torch.device) -> Any:
+def as_row(weight: Any, loss: Tensor) -> Any:
     """The weight of a loss without rows, a number or a 0-dimensional tensor, as that of one row."""
     if isinstance(weight, int | float):
-        return torch.full((1,), weight, dtype=torch.float64, device=device)
+        return torch.full((1,), weight, dtype=torch.promote_types(loss.dtype, torch.float32), device=loss.device)
     return weight.view(1) if isinstance(weight, Tensor) and weight.dim() == 0 else weight
 
 
@@ -114,7 +114,7 @@ def evaluate(
         result = result["loss"]
     losses, weights = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if isinstance(losses, Tensor) and losses.dim() == 0 and index is None and not draws_rows(step.settings):
-        losses, weights = losses.view(1), as_row(weights, losses.device)  # as if the micro-batch were one sample
+        losses, weights = losses.view(1), as_row(weights, losses)  # as if the micro-batch were one sample
     if not isinstance(losses, Tensor) or not isinstance(weights, Tensor | None):
         raise TypeError(
             f"the closure returned {type(result).__name__}: return one loss per sample, a tensor of shape [b], "
