@@ -400,7 +400,7 @@ class NoSync(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func.overloadpacket not in (
-            torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal,
+            torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero,
             torch.ops.aten.masked_select, torch.ops.aten.is_nonzero,
         ), func  # fmt: skip
         return func(*args, **(kwargs or {}))
