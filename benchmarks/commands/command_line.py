@@ -14,7 +14,7 @@ from ..record import RESULTS
 from ..training import data
 from ..training.catalogue import IMAGE_WIDTHS, WIDTHS
 from ..training.run import Task
-from ..training.trainers import DTYPES, Settings
+from ..training.trainers import DTYPES, Settings, default_radius
 
 # Where the defaults of options come from; --data and --model choose. Those for CIFAR-10 are the paper's.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -102,7 +102,10 @@ def parse(
         known = vars(parser.parse_known_args(argv)[0])
         recipe = RECIPES.get(known[choice], {}) | recipes.get(known[choice], {})
         parser.set_defaults(**{name: value for name, value in recipe.items() if name in known})
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.rho is None:
+        args.rho = default_radius(args.ascent)
+    return args
 
 
 def images(args: argparse.Namespace) -> data.ImageData:

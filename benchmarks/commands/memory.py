@@ -136,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure every option on every model, write the result and print the tables."""
     args = make_parser().parse_args(argv)
     settings = command_line.settings(args)
+    args.rho = settings.esam["rho"]  # a number, if none was given
     with refusals(make_parser()):
         command_line.require_device(args)
         for name in ROWS:

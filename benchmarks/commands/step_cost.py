@@ -207,11 +207,15 @@ def floor_of_step(bare: Trainer, inputs: Tensor, targets: Tensor, weights: list[
     """What ESAM's step cannot be without, in plain torch: its passes, on the first samples, and the base step."""
     settings = options.Settings(**{name: bare.settings.esam[name] for name in SHARED})
     steering = settings.steering_dtype and torch.autocast(inputs.device.type, getattr(torch, settings.steering_dtype))
+    runs = sharpness.passes(settings)
     bare.optimizer.zero_grad()
-    with steering or nullcontext():
-        losses = bare.loss_fn(bare.model(inputs), targets)
-    torch.autograd.grad(bare.scaler.scale(mean_loss(losses)), weights)
-    if "look" in sharpness.passes(settings):
+    if "ascend" in runs:
+        rows = options.count_of(settings.ascent_share, len(targets))
+        with steering or nullcontext():
+            losses = bare.loss_fn(bare.model(inputs[:rows]), targets[:rows])
+        torch.autograd.grad(bare.scaler.scale(mean_loss(losses)), weights)
+        del losses
+    for _ in {"survey", "look"}.intersection(runs):
         with torch.no_grad(), steering or nullcontext():
             bare.loss_fn(bare.model(inputs), targets)
     size = options.count_of(settings.gamma, len(targets))

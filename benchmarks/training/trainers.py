@@ -11,12 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from esam_kernels import ESAM, batch_closure, ops
-from esam_kernels.options import OPTIONS
+from esam_kernels.options import OPTIONS, make
 
 from .losses import LossFunction, mean_loss, per_sample_loss
 from .methods import METHODS, Method
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by their names on the command line and in ``METHODS``
+
+
+def default_radius(ascent: str) -> float:
+    """The radius that ESAM takes around SGD if it is given none."""
+    return float(make({"ascent": ascent}, base_has_betas=False)["rho"])
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Settings:
         if unknown := self.esam.keys() - OPTIONS.keys():
             raise ValueError(f"ESAM has no option {', '.join(sorted(unknown))}: it has {', '.join(OPTIONS)}")
         complete = {name: self.esam.get(name, option.default) for name, option in OPTIONS.items()}
+        if complete["rho"] is None:
+            complete["rho"] = default_radius(complete["ascent"])
         object.__setattr__(self, "esam", complete)
 
     @property
