@@ -268,6 +268,8 @@ class ESAM(torch.optim.Optimizer):
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturb the weights by the gradients in ``.grad``, of which beta keeps a part.
 
+        This counts as a step, as ``backward`` does, whatever follows: the next one draws anew.
+
         Raises:
             ValueError: if gamma, interval or steering_dtype is set, none of which can apply here.
             RuntimeError: if there are no gradients, or at the wrong time.
@@ -287,12 +289,14 @@ class ESAM(torch.optim.Optimizer):
         try:
             rollback.open()
             rollback.undo_by(lambda: setattr(self._progress, "perturbation", None))
+            rollback.undo_by(lambda: self._set_step_count(step.number))
             weights = drawn(step)
             grads = [weight.param.grad for weight in weights]
             for weight, grad in zip(weights, grads):
                 check_gradient(weight, grad)
             self._progress.perturbation = perturb(step, Ascent(weights, grads, (), ()))
             step.model_state.forget_weight_copies()
+            self._set_step_count(step.number + 1)
             rollback.close()
             if zero_grad:
                 self.zero_grad()
@@ -314,8 +318,8 @@ class ESAM(torch.optim.Optimizer):
     def restore(self) -> None:
         """Put the weights back after ``first_step`` without a step, bit for bit.
 
-        The step counts as made, as that of ``backward`` does, whether or not ``step`` follows: the next ``first_step``
-        draws anew. ``restore()`` and ``step()`` are ``second_step()`` in two, between which gradients can be unscaled.
+        ``restore()`` and ``step()`` are ``second_step()`` in two, between which gradients can be unscaled. Without a
+        step the next ``first_step`` draws anew all the same.
 
         Raises:
             RuntimeError: if ``first_step`` was not called before.
@@ -325,7 +329,6 @@ class ESAM(torch.optim.Optimizer):
         self._progress.perturbation.restore()
         self._progress.perturbation = None
         self._model_state().forget_weight_copies()
-        self._set_step_count(self._step_count + 1)
 
     # What stands in the parameter groups.
 
