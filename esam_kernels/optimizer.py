@@ -316,6 +316,8 @@ class ESAM(torch.optim.Optimizer):
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturb the weights by the gradients in ``.grad``, of which beta keeps a part.
 
+        This counts as a step, as ``backward`` does, whatever follows: the next one draws anew.
+
         Raises:
             ValueError: if gamma, interval, start, ascent, ascent_share or steering_dtype is set, none of which can
                 apply here.
@@ -339,12 +341,14 @@ class ESAM(torch.optim.Optimizer):
 
         def work() -> None:
             rollback.undo_by(lambda: setattr(self._progress, "perturbation", None))
+            rollback.undo_by(partial(self._set_step_count, step.number))
             weights = drawn(step)
             grads = [weight.param.grad for weight in weights]
             for weight, grad in zip(weights, grads):
                 check_gradient(weight, grad)
             self._progress.perturbation = perturb(step, Ascent(weights, grads))
             step.model_state.forget_weight_copies()
+            self._set_step_count(step.number + 1)
             if zero_grad:
                 self.base.zero_grad()
 
@@ -367,8 +371,8 @@ class ESAM(torch.optim.Optimizer):
     def restore(self) -> None:
         """Put the weights back after ``first_step`` without a step, bit for bit.
 
-        The step counts as made, as that of ``backward`` does, whether or not ``step`` follows: the next ``first_step``
-        draws anew. ``restore()`` and ``step()`` are ``second_step()`` in two, between which gradients can be unscaled.
+        ``restore()`` and ``step()`` are ``second_step()`` in two, between which gradients can be unscaled. Without a
+        step the next ``first_step`` draws anew all the same.
 
         Raises:
             RuntimeError: if ``first_step`` was not called before.
@@ -383,7 +387,6 @@ class ESAM(torch.optim.Optimizer):
             self._progress.perturbation = None
 
         Rollback().run(work)
-        self._set_step_count(self._step_count + 1)
 
     # What stands in the parameter groups.
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import batches, cross_entropy, mlp, train
+from networks import batches, mlp, train
 from torch import nn
 
 from esam_kernels import ESAM
