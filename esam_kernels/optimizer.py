@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from . import options, sharpness
 from .base import check_ascent, check_params, check_storage, keep_contents, make_base, of_base, params_of, storage_of
 from .closure import Closure
+from .eager import eager
 from .model_state import Findings, ModelState
 from .options import OPTIONS, STEP, STORED
 from .passes.ascend import Ascent, check_gradient
@@ -24,10 +25,6 @@ from .rollback import Rollback
 from .sharding import check_same_on_ranks, is_sharded
 from .step import Step, Weight
 from .warn import warn
-
-# No part of a step is traced by torch.compile, which would lose what happens between tensors and optimizer: whoever
-# compiles a whole training step gets a graph break there. Models compiled by themselves stay so.
-eager = torch.compiler.disable
 
 
 def _registers_for_owner(name: str) -> Any:
@@ -54,6 +51,7 @@ class _Progress:
     phase: str = ""  # what is under way, for error messages
     perturbation: Perturbation | None = None  # between first_step() and second_step()
     has_gradient: bool = False  # between backward() and step()
+    restored: bool = False  # between restore() and step()
     findings: Findings = field(default_factory=Findings)  # of the steps before
     storage: list[int] = field(default_factory=list)  # where the parameters lay when they were checked last
     scaler_states: Any = None  # of the grad scaler of the last backward(), which makes new ones in its update()
@@ -223,7 +221,7 @@ class ESAM(torch.optim.Optimizer):
                 "losses, and has no backward() or zero_grad() of its own"
             )
         self.base.zero_grad(set_to_none)
-        self._progress.has_gradient = False
+        self._progress.has_gradient = self._progress.restored = False
 
     # A step: a sharpness-aware backward, and an ordinary step.
 
@@ -298,14 +296,14 @@ class ESAM(torch.optim.Optimizer):
             closure()
         elif closure is not None:
             loss = self.backward(closure)
-        elif not self._progress.has_gradient:
+        elif not (self._progress.has_gradient or self._progress.restored):
             self._warn_of_plain_step()
 
         def work() -> None:  # nothing to undo, but signals come before the base optimizer's step, or after it
             copies = self._gradients_to_keep()
             self.base.step()
             keep_gradients(self.state, copies)
-            self._progress.has_gradient = False
+            self._progress.has_gradient = self._progress.restored = False
 
         Rollback().run(work)
         return loss
@@ -362,7 +360,6 @@ class ESAM(torch.optim.Optimizer):
             RuntimeError: if ``first_step`` was not called before.
         """
         self.restore()
-        self._progress.has_gradient = True
         self.step()
         if zero_grad:
             self.zero_grad()
@@ -385,6 +382,7 @@ class ESAM(torch.optim.Optimizer):
             perturbation.restore()
             self._model_state().forget_weight_copies()
             self._progress.perturbation = None
+            self._progress.restored = True
 
         Rollback().run(work)
 

@@ -52,25 +52,21 @@ def sharp_backward(step: Step) -> Tensor:
     several = len(todo) > 1
     start = state.keep(step.rollback, step.findings, several)
     use_replicas = state.bypass_replicas(step.rollback) if several else None
-    watched = state.watch(step.findings)
-    put_back_buffers: Callable[[], None] | None = None  # to what the first of several forwards has left
+    put_back_first: Callable[[], None] | None = None  # what the first of several passes has left
 
     surveyed = []
     if "survey" in todo:
         enter(step, "survey")
         surveyed = look(step, start)
-        put_back_buffers = state.keep_buffers()
+        put_back_first = state.keep_first_pass(start)
     if "ascend" in todo:
         enter(step, "ascend")
         if surveyed:
             start.buffers()
         ascent = ascend(step, surveyed)
-        put_back_buffers = put_back_buffers or state.keep_buffers()
+        put_back_first = put_back_first or state.keep_first_pass(start)
     else:
         ascent = WITHOUT_PASS[settings.ascent](step)
-    if several:
-        start.written.first_pass_has_run()
-        watched()
     before = surveyed or (ascent.losses if settings.ascent_share == 1 else [])  # of all rows at w, if they are known
     perturbation = perturb(step, ascent)
     if not several:
@@ -95,7 +91,7 @@ def sharp_backward(step: Step) -> Tensor:
     check_reached(step, ascent)
 
     restore(step, perturbation)
-    if put_back_buffers is not None:
-        put_back_buffers()
+    if put_back_first is not None:
+        put_back_first()
     leave()
     return mean(surveyed or ascent.losses or descended)

@@ -2,14 +2,13 @@
 
 import threading
 
-import torch
-
+from ..eager import eager
 from ..step import Step
 
 _running = threading.local()
 
 
-@torch.compiler.disable
+@eager
 def current_pass() -> str | None:
     """Which pass of a step calls the model: "survey", "ascend", "look" or "descend"; None outside of a step.
 
@@ -23,7 +22,7 @@ def current_pass() -> str | None:
     return getattr(_running, "name", None)
 
 
-@torch.compiler.disable
+@eager
 def first_pass() -> str | None:
     """The first pass of the step that is running; None outside of a step."""
     return getattr(_running, "first", None)
