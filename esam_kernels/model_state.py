@@ -1,8 +1,10 @@
 """What the extra forward passes of a step must not disturb: buffers, random state, gradient sync, autocast's cache."""
 
+import gc
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import is_not
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -91,6 +93,35 @@ class WrittenWeights:
 
     def _holds(self, place: int, value: Tensor) -> bool:
         return torch.equal(self._all[place].data, value)
+
+
+class FoundModels:
+    """The modules that parameters are in, for closures that do not say what they call."""
+
+    def __init__(self) -> None:
+        self._params: list[int] = []
+        self._roots: list[weakref.ref[nn.Module]] = []  # not to keep a model alive, nor to be copied with an optimizer
+
+    def __reduce__(self) -> Any:
+        return FoundModels, ()
+
+    def of(self, params: Sequence[Tensor]) -> list[nn.Module]:
+        """The outermost of the modules alive that hold any of these parameters; looked for when they change."""
+        ids = list(map(id, params))
+        roots = [root() for root in self._roots]
+        if ids != self._params or None in roots:
+            found = list(_roots(set(ids)))
+            self._params, self._roots = ids, list(map(weakref.ref, found))
+            return found
+        return [root for root in roots if root is not None]
+
+
+def _roots(ids: Collection[int]) -> Iterator[nn.Module]:
+    # Not isinstance(), which asks objects for their class: proxies and lazy imports answer with errors.
+    modules = [found for found in gc.get_objects() if issubclass(type(found), nn.Module) and "_modules" in vars(found)]
+    holders = [module for module in modules if any(id(param) in ids for param in module.parameters())]
+    inner = {id(child) for module in holders for child in module.modules() if child is not module}
+    return (module for module in holders if id(module) not in inner)
 
 
 class Start(NamedTuple):
