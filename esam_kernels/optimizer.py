@@ -390,10 +390,10 @@ class ESAM(torch.optim.Optimizer):
             for weight, grad in zip(weights, grads):
                 check_gradient(weight, grad)
             self._progress.perturbation = moved = perturb(step, Ascent(weights, grads))
-            self._progress.last = LastStep(True, moved.norm, moved.weights)
             step.model_state.forget_weight_copies()
             if zero_grad:
                 self.base.zero_grad()
+            self._progress.last = LastStep(True, moved.norm, moved.weights)
 
         rollback.run(work)
 
@@ -422,15 +422,20 @@ class ESAM(torch.optim.Optimizer):
         """
         if self._progress.perturbation is None:
             raise RuntimeError("there is nothing to restore: call first_step() before second_step() or restore()")
-        perturbation = self._progress.perturbation
+        perturbation, number, rollback = self._progress.perturbation, self._step_count, Rollback()
+
+        def not_yet() -> None:
+            self._progress.perturbation = perturbation
+            self._set_step_count(number)
 
         def work() -> None:
+            rollback.undo_by(not_yet)
             perturbation.restore()
             self._model_state().forget_weight_copies()
             self._progress.perturbation = None
+            self._set_step_count(number + 1)
 
-        Rollback().run(work)
-        self._set_step_count(self._step_count + 1)
+        rollback.run(work)
 
     # What stands in the parameter groups.
 
