@@ -244,8 +244,8 @@ class ESAM(torch.optim.Optimizer):
                 all of them) with their graph: one per sample, shape [b], or (losses, weights) of shape [b] each, of
                 which weighted means are taken. ``batch_closure`` makes one. A list of closures is a list of
                 micro-batches, whose gradients add up to that of one batch. With ``gamma=1`` one loss will do, a
-                0-dimensional tensor, or a mapping or an object that has it as ``loss``; micro-batches then weigh
-                alike, or by what comes with it as (loss, weight).
+                0-dimensional tensor, or a mapping or an object that has it as ``loss``, or a mapping of such tensors
+                alone, which are added; micro-batches then weigh alike, or by what comes with it as (loss, weight).
             grad_scaler: scales the losses; ``unscale_``, ``step`` and ``update`` are called on it as always.
 
         Returns:

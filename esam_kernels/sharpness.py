@@ -55,7 +55,7 @@ def sharp_backward(step: Step) -> LastStep:
     todo = passes(settings, all(isinstance(closure, BatchClosure) for closure in step.closures))
     several = len(todo) > 1
     start = state.keep(step.rollback, step.findings, several)
-    use_replicas = state.bypass_replicas(step.rollback) if several else None
+    use_replicas = state.bypass_replicas(step.rollback, step.ordinary is not None) if several else None
     watched = state.watch(step.findings)
     put_back_buffers: Callable[[], None] | None = None  # to what the first of several forwards has left
 
