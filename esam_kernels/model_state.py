@@ -279,19 +279,25 @@ class ModelState:
 
         return replay
 
-    def bypass_replicas(self, rollback: Rollback) -> Callable[[], None]:
+    def bypass_replicas(self, rollback: Rollback, into_grad: bool) -> Callable[[], None]:
         """Call what ``DistributedDataParallel`` wraps directly, for passes whose gradients are not reduced.
+
+        Args:
+            rollback: the step's.
+            into_grad: whether these passes run a backward into ``.grad``, from which a replica with a static graph
+                would learn that there are two in an iteration: it stays, and reduces their gradients, too.
 
         Returns:
             The function that puts the wrappers back.
         """
+        replicas = [replica for replica in self._replicas if not (into_grad and replica.static_graph)]
 
         def put_back() -> None:
             for replica in self._replicas:
                 vars(replica).pop("forward", None)
 
         rollback.undo_by(put_back)
-        for replica in self._replicas:
+        for replica in replicas:
             # An instance attribute hides the class's forward; not set through Module, which would register the module.
             vars(replica)["forward"] = replica.module.__call__
         return put_back

@@ -55,7 +55,7 @@ def sharp_backward(step: Step) -> LastStep:
     todo = passes(settings, all(isinstance(closure, BatchClosure) for closure in step.closures))
     several = len(todo) > 1
     start = state.keep(step.rollback, step.findings, several)
-    use_replicas = state.bypass_replicas(step.rollback) if several else None
+    use_replicas = state.bypass_replicas(step.rollback, step.ordinary is not None) if several else None
     put_back_first: Callable[[], None] | None = None  # what the first of several passes has left
 
     surveyed = []
