@@ -42,8 +42,8 @@ class Findings:
 class WrittenWeights:
     """Keeps the weights that forwards write, such as those of ``nn.Embedding(max_norm=...)``.
 
-    A step that fails puts them back, and one that succeeds leaves them as its first pass did. In the first step all are
-    kept, until that pass has shown which are written; what is first written in a later step, from the next one on.
+    A step that fails puts them back, and one of several passes leaves them as the first one did. In the first step all
+    are kept, until that pass has shown which are written; what is first written in a later step, from the next one on.
     Parameters of FSDP2 are not: their forwards write gathered copies of them.
     """
 
@@ -55,17 +55,21 @@ class WrittenWeights:
         self._before = self._copies()
         if self._params:
             rollback.undo_by(self.put_back)
-        self.first_pass_begins()
+        self._count_from(self._before)
 
     def put_back(self) -> None:
         """Undo what forwards have written."""
         self._write(self._before)
 
     def first_pass_begins(self) -> None:
-        """Writes are counted from now on."""
-        self._versions = {i: param._version for i, param in enumerate(self._all) if not is_lazy(param)}
+        """Writes are counted from now on, when the weights have been perturbed before any pass."""
+        self._count_from(self._copies() if self._findings.written is None else {})
 
-    def first_pass_has_run(self, perturbed: bool = False) -> None:
+    def _count_from(self, values: dict[int, Tensor]) -> None:
+        self._versions = {i: param._version for i, param in enumerate(self._all) if not is_lazy(param)}
+        self._values = values
+
+    def first_pass_has_run(self) -> None:
         """Find out which weights the first pass has written, of those that are not known to be.
 
         Writes through ``.data`` move no version, but change values, which is seen in the first step. On a GPU it would
@@ -73,8 +77,9 @@ class WrittenWeights:
         """
         known = self._findings.written
         written = {i for i, version in self._versions.items() if self._all[i]._version != version}
-        if known is None and not perturbed:
-            written.update(i for i, value in self._before.items() if value.is_cpu and not self._holds(i, value))
+        if known is None:
+            written.update(i for i, value in self._values.items() if value.is_cpu and not self._holds(i, value))
+        self._values = {}
         if known is None or not written.issubset(known):
             self._findings.written = sorted(written.union(known or ()))
             self._params = {i: self._all[i] for i in self._findings.written}

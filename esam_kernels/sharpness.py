@@ -92,7 +92,7 @@ def sharp_backward(step: Step) -> LastStep:
     else:
         descended = descend(step, rows, before, perturbation.norm)
     if not several:
-        start.written.first_pass_has_run(perturbed=True)
+        start.written.first_pass_has_run()
     for weight in step.weights:  # the drawn ones were checked in pass 1; what is refused must not depend on the draw
         check_gradient(weight, weight.param.grad)
     check_reached(step, ascent)
