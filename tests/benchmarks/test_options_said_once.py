@@ -16,6 +16,9 @@ from esam_kernels.options import OPTIONS
 GIVEN = {
     "rho": (["--rho", "0.3"], 0.3),
     "adaptive": (["--adaptive"], True),
+    "ascent": (["--ascent", "previous"], "previous"),
+    "ascent_share": (["--ascent-share", "0.5"], 0.5),
+    "start": (["--start", "7"], 7),
     "beta": (["--beta", "0.7"], 0.7),
     "gamma": (["--gamma", "0.4"], 0.4),
     "granularity": (["--granularity", "element"], "element"),
@@ -50,7 +53,7 @@ def test_every_option_but_the_seed_can_be_given():
         (command, name)
         for command in (train, frontier, memory, step_cost, rounding)
         for name in GIVEN
-        if (command, name) != (step_cost, "interval")
+        if (command, name) not in ((step_cost, "interval"), (step_cost, "start"))
     ],
 )
 def test_an_option_that_is_given_reaches_esam(command, name):
@@ -64,7 +67,17 @@ def test_an_option_that_is_given_reaches_esam(command, name):
 
 def test_what_is_not_given_has_the_default_of_the_table():
     args = train.parse_args(["--device", "cpu"])
-    assert command_line.settings(args).esam == {name: option.default for name, option in OPTIONS.items()}
+    defaults = {name: option.default for name, option in OPTIONS.items()}
+    assert command_line.settings(args).esam == {**defaults, "rho": 0.05}
+
+
+@pytest.mark.parametrize(("ascent", "rho"), [("momentum", 0.3), ("previous", 0.1)])
+def test_a_radius_that_is_not_given_suits_the_direction_of_ascent(ascent, rho):
+    args = train.parse_args(["--device", "cpu", "--ascent", ascent])
+    assert args.rho == command_line.settings(args).esam["rho"] == rho
+    assert made_by(trainers.Settings(0.1, 0.9, 0.0), ascent)["rho"] == rho
+    given = trainers.Settings(0.1, 0.9, 0.0, {"ascent": ascent, "rho": 0.7})
+    assert made_by(given, ascent)["rho"] == 0.7
 
 
 def test_a_new_row_of_the_table_is_an_option_everywhere(monkeypatch, capsys):
@@ -88,7 +101,7 @@ def test_a_recipe_has_radius_and_share_of_its_own_and_the_help_says_so(capsys):
     assert (args.rho, args.beta) == (0.1, 0.5)
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
-    assert "default: 0.05, for wrn28_10 0.1" in " ".join(capsys.readouterr().out.split())
+    assert "default: what suits --ascent, for wrn28_10 0.1" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_help_is_the_tables_sentence(capsys):
