@@ -211,10 +211,11 @@ def _addresses(param: Tensor) -> Tensor:
 
 
 def storage_of(params: Sequence[Tensor]) -> list[int]:
-    """Where the parameters lie, to see whether ``check_storage`` has to be asked again."""
-    if any(map(is_lazy, params)) or any(map(is_sharded, params)):  # these do not say; FSDP2 keeps its own apart
+    """Where and how the parameters lie, to see whether ``check_storage`` has to be asked again."""
+    kinds = {type(param): param for param in params}.values()
+    if any(map(is_lazy, kinds)) or any(map(is_sharded, kinds)):  # these do not say; FSDP2 keeps its own apart
         return []
-    return list(map(Tensor.data_ptr, params))
+    return [*map(Tensor.data_ptr, params), *map(Tensor.numel, params), *map(Tensor.is_contiguous, params)]
 
 
 def check_not_empty(params: Any) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .eager import eager
+
 # Per-sample losses, shape [b]; or losses and weights, shape [b] each.
 Losses = Tensor | tuple[Tensor, Tensor]
 # Called with None for the whole batch, or with an int64 tensor of row numbers.
@@ -76,6 +78,7 @@ class BatchClosure:
                 yield path, tensor
 
 
+@eager  # traced, it would be given what is inside a compiled model instead of that
 def batch_closure(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Losses],

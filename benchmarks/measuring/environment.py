@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ def environment() -> dict[str, Any]:
     """Everything that a reader needs to judge or repeat a measurement; nothing that identifies the machine."""
     cuda = torch.cuda.is_available()
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         # Results and the documents that show them are written after they are measured.
         "uncommitted_changes": bool(

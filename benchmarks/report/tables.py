@@ -1,5 +1,6 @@
 """Results as Markdown tables, and the line that says on what they were measured."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import mean, stdev
@@ -392,17 +393,20 @@ def narrow(markdown: str) -> str:
 
 
 def _split(whole: Table) -> Iterator[Table]:
+    """In as few parts as fit, of about as many columns each."""
+
     def width(i: int) -> int:  # a header may wrap between words
         return 3 + max(len(text) for text in (*whole.columns[i].split(), *(row[i] for row in whole.rows)))
 
-    chosen: list[list[int]] = [[0]]
-    for i in range(1, len(whole.columns)):
-        if len(chosen[-1]) > 1 and sum(map(width, (*chosen[-1], i))) > PAGE_WIDTH:
-            chosen.append([0])
-        chosen[-1].append(i)
-    for part in chosen:
+    others = list(range(1, len(whole.columns)))
+    for number in range(1, len(others) + 1):
+        size = math.ceil(len(others) / number)
+        parts = [[0, *others[i : i + size]] for i in range(0, len(others), size)]
+        if all(sum(map(width, part)) <= PAGE_WIDTH for part in parts):
+            break
+    for part in parts:
         rows = [[row[i] for i in part] for row in whole.rows]
-        yield Table([whole.columns[i] for i in part], [row for row in rows if len(chosen) == 1 or any(row[1:])])
+        yield Table([whole.columns[i] for i in part], [row for row in rows if len(parts) == 1 or any(row[1:])])
 
 
 def blocks(markdown: str) -> Iterator[str | Table]:

@@ -2,20 +2,19 @@
 
 import threading
 
-import torch
-
+from ..eager import eager
 from ..step import Step
 
 _running = threading.local()
 
 
-@torch.compiler.disable
+@eager
 def current_pass() -> str | None:
-    """Which pass of a sharpness-aware step calls the model: "ascend", "look" or "descend"; None outside of a step.
+    """Which pass of a step calls the model: "survey", "ascend", "look" or "descend"; None outside of a step.
 
     A step runs the model several times. Buffers begin each pass as they were before the step and end it as the first
     pass left them, but what a model keeps elsewhere is updated in every pass: counters, metrics, a momentum encoder, a
-    generator of its own. Guard such an update, so that a step makes it once::
+    generator of its own. Guard such an update, so that a step makes it once:
 
         if current_pass() in (None, first_pass()):
             self.update_momentum_encoder()
@@ -23,7 +22,7 @@ def current_pass() -> str | None:
     return getattr(_running, "name", None)
 
 
-@torch.compiler.disable
+@eager
 def first_pass() -> str | None:
     """The first pass of the step that is running; None outside of a step."""
     return getattr(_running, "first", None)
