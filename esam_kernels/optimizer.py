@@ -96,6 +96,7 @@ class ESAM(torch.optim.Optimizer):
         TypeError: if ``base`` is no optimizer, or ``model`` no module.
     """
 
+    @eager
     def __init__(
         self,
         params: Any,
