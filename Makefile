@@ -7,7 +7,7 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 
 GPU_BENCHMARKS := $(addprefix bench-gpu-,train step-cost step-cost-bf16 frontier operators memory rounding)
 
-.PHONY: bench results test test-newest attack wheel wheel-test check format sanitize test-gpu bench-gpu $(GPU_BENCHMARKS) sanitize-gpu clean
+.PHONY: bench results test test-newest attack docs wheel wheel-test check format sanitize test-gpu bench-gpu $(GPU_BENCHMARKS) sanitize-gpu clean
 
 bench: $(READY)  # what SGD, SAM and ESAM cost and buy here, in short, with a report in build/bench; 6 minutes on 2 cores
 	$(BIN)/python -m benchmarks train --epochs 20 --output build/bench
@@ -53,6 +53,10 @@ wheel-test:
 
 attack: $(READY)  # exceptions at any instant of a step, for 10 minutes: nothing may be lost; counts in build/attack.json
 	PYTHONPATH=. $(BIN)/python tests/attack.py --minutes 10 --output build/attack.json
+
+docs: $(READY)  # the site in build/site; needs no network, and fails on a dead link
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Written to build/site: open index.html, or run '$(BIN)/mkdocs serve' to see what you write"
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -69,7 +69,7 @@ class ESAM(torch.optim.Optimizer):
 
     Source: Du et al., "Efficient Sharpness-aware Minimization for Improved Training of Neural Networks", ICLR 2022,
     arXiv 2110.03141. With ``beta = gamma = 1`` it is SAM (arXiv 2010.01412), with ``adaptive`` as well ASAM (arXiv
-    2102.11600), and with ``rho = 0`` the base optimizer. ::
+    2102.11600), and with ``rho = 0`` the base optimizer:
 
         optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.05, beta=0.6, gamma=0.5)
         for inputs, targets in loader:

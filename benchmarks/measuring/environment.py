@@ -19,8 +19,10 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _git("rev-parse", "--short=12", "HEAD"),
-        # Results and the README that shows them are written after they are measured.
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")),
+        # Results and the documents that show them are written after they are measured.
+        "uncommitted_changes": bool(
+            _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md", ":!docs")
+        ),
         "cpu": _proc_field("/proc/cpuinfo", "model name") or platform.processor(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu_bf16_matrix_units": cpu_has_bf16_matrix_units(),

@@ -14,7 +14,7 @@ def current_pass() -> str | None:
 
     A step runs the model several times. Buffers begin each pass as they were before the step and end it as the first
     pass left them, but what a model keeps elsewhere is updated in every pass: counters, metrics, a momentum encoder, a
-    generator of its own. Guard such an update, so that a step makes it once::
+    generator of its own. Guard such an update, so that a step makes it once:
 
         if current_pass() in (None, first_pass()):
             self.update_momentum_encoder()
