@@ -359,7 +359,11 @@ class ESAM(torch.optim.Optimizer):
 
     @property
     def last_step(self) -> LastStep | None:
-        """What the last ``backward()``, ``step(closure)`` or ``first_step()`` did; None before the first."""
+        """What the last ``backward()``, ``step(closure)`` or ``first_step()`` did; None before the first.
+
+        It has ``sharp``, the direction's ``norm``, ``loss``, ``perturbed_loss``, and how many ``rows`` and ``weights``
+        were taken. To hold it costs nothing; to read one of its tensors waits for the device.
+        """
         return self._progress.last
 
     # The two halves of a step as in davda54/sam, for code that is written so.
