@@ -352,7 +352,8 @@ class ESAM(torch.optim.Optimizer):
             self._progress.phase = ""
             self._progress.ordinary = None
             self._progress.last = last
-            self._progress.has_gradient = True
+            # An ordinary closure's is used up within step(): where that fails, the next one begins anew.
+            self._progress.has_gradient = step.ordinary is None
             return loss
 
         return step.rollback.run(work)
@@ -586,4 +587,4 @@ def _takes_no_index(closure: Any) -> bool:
         return False
     index = bound.signature.parameters[next(iter(bound.arguments))]
     # A default that is something binds a variable of a loop, as in lambda inputs=inputs: ...
-    return index.default is not inspect.Parameter.empty and index.default is not None
+    return index.name != "index" and index.default is not inspect.Parameter.empty and index.default is not None
