@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import options, sharpness
 from .base import check_ascent, check_params, check_storage, keep_contents, make_base, of_base, params_of, storage_of
+from .bases import each_of
 from .closure import Closure
 from .eager import eager
 from .last_step import LastStep
@@ -84,7 +85,10 @@ class ESAM(torch.optim.Optimizer):
     Args:
         params: parameters or parameter groups, as for any optimizer; groups may have options of their own that are
             said to be per parameter group. None, or the same parameters, if ``base`` is an optimizer already.
-        base: class of the base optimizer, made with ``base_options``; or a ready optimizer.
+        base: class of the base optimizer, made with ``base_options``; or a ready optimizer; or a list of ready ones,
+            each with parameters of its own, such as ``[torch.optim.Muon(matrices), torch.optim.AdamW(others)]``. They
+            are perturbed together, with one norm, and groups, state and checkpoints are those of all, one after
+            another; a new group goes to the last.
     {options}
         model: the model, if closures are written by hand: its buffers are kept from the extra passes. Several networks
             are given as one ``nn.ModuleList``.
@@ -100,7 +104,7 @@ class ESAM(torch.optim.Optimizer):
     def __init__(
         self,
         params: Any,
-        base: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        base: type[torch.optim.Optimizer] | torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         model: nn.Module | None = None,
         **base_options: Any,
@@ -109,22 +113,23 @@ class ESAM(torch.optim.Optimizer):
             raise TypeError(f"model is {model!r}: give a module, and several networks as one nn.ModuleList")
         # Optimizer.__init__ is not called: it would make groups, state and hooks beside the base optimizer's.
         given = {name: base_options.pop(name) for name in OPTIONS if name in base_options}
-        base, keys = make_base(params, base, base_options)
-        values = options.make(given, "betas" in base.defaults)
+        made, keys = make_base(params, base, base_options)
+        values = options.make(given, "betas" in made.defaults)
         settings = {keys[name]: value for name, value in values.items()}
         # What a group says of itself holds, unless another ESAM said it, whose checkpoint the base has loaded.
-        groups = [settings if STEP in group else {**settings, **group} for group in base.param_groups]
+        groups = [settings if STEP in group else {**settings, **group} for group in made.param_groups]
         groups = [{key: group[key] for key in settings} for group in groups]
         shared, own = options.read(groups, keys)
-        check_ascent(base, shared.ascent, [group for group, one in zip(base.param_groups, own) if one.rho > 0])
-        check_params(base.param_groups)
-        check_storage(params_of(base.param_groups))
-        self.base: torch.optim.Optimizer = base
+        check_ascent(made, shared.ascent, [group for group, one in zip(made.param_groups, own) if one.rho > 0])
+        check_params(made.param_groups)
+        check_storage(params_of(made.param_groups))
+        self.base: torch.optim.Optimizer = made
         self.model = model
         self._keys = keys
         self._progress = _Progress()
-        base.defaults.update(settings)
-        for group, own_settings in zip(base.param_groups, groups):
+        for each in each_of(made):
+            each.defaults.update(settings)
+        for group, own_settings in zip(made.param_groups, groups):
             group.update(own_settings)
 
     # One truth: the base optimizer's, whose hooks are called with this optimizer.
@@ -206,13 +211,14 @@ class ESAM(torch.optim.Optimizer):
         """
         self._require_idle("add_param_group()")
         shared = {key: self.param_groups[0][key] for name, key in self._keys.items() if not STORED[name].per_group}
-        self.base.add_param_group({**shared, **param_group})
+        put_back = keep_contents(self.base)
         try:
+            self.base.add_param_group({**shared, **param_group})
             options.read(self.param_groups, self._keys)
             check_params(self.param_groups)
             check_storage(params_of(self.param_groups))
-        except ValueError:
-            self.param_groups.pop()
+        except BaseException:
+            put_back()
             raise
 
     @eager
@@ -351,14 +357,19 @@ class ESAM(torch.optim.Optimizer):
             self._progress.phase = ""
             self._progress.ordinary = None
             self._progress.last = last
-            self._progress.has_gradient = True
+            # An ordinary closure's is used up within step(): where that fails, the next one begins anew.
+            self._progress.has_gradient = step.ordinary is None
             return loss
 
         return step.rollback.run(work)
 
     @property
     def last_step(self) -> LastStep | None:
-        """What the last ``backward()``, ``step(closure)`` or ``first_step()`` did; None before the first."""
+        """What the last ``backward()``, ``step(closure)`` or ``first_step()`` did; None before the first.
+
+        It has ``sharp``, the direction's ``norm``, ``loss``, ``perturbed_loss``, and how many ``rows`` and ``weights``
+        were taken. To hold it costs nothing; to read one of its tensors waits for the device.
+        """
         return self._progress.last
 
     # The two halves of a step as in davda54/sam, for code that is written so.
@@ -579,4 +590,4 @@ def _takes_no_index(closure: Any) -> bool:
         return False
     index = bound.signature.parameters[next(iter(bound.arguments))]
     # A default that is something binds a variable of a loop, as in lambda inputs=inputs: ...
-    return index.default is not inspect.Parameter.empty and index.default is not None
+    return index.name != "index" and index.default is not inspect.Parameter.empty and index.default is not None
