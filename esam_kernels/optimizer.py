@@ -37,8 +37,14 @@ def _registers_for_owner(name: str) -> Any:
     return register
 
 
-def _call_for_owner(owner: "ESAM", hook: Callable[..., Any], _base: torch.optim.Optimizer, *args: Any) -> Any:
-    return hook(owner, *args)
+def _call_for_owner(owner: "ESAM", hook: Callable[..., Any], base: torch.optim.Optimizer, *args: Any) -> Any:
+    """Call a hook with the ESAM in place of its base, also among the arguments of a step, which it may replace."""
+    result = hook(owner, *(_exchanged(arg, base, owner) for arg in args))
+    return tuple(_exchanged(item, owner, base) for item in result) if isinstance(result, tuple) else result
+
+
+def _exchanged(value: Any, one: Any, other: Any) -> Any:
+    return tuple(other if item is one else item for item in value) if isinstance(value, tuple) else value
 
 
 @dataclass

@@ -56,7 +56,7 @@ def sharp_backward(step: Step) -> Tensor:
 
     surveyed = []
     if "survey" in todo:
-        enter(step, "look")
+        enter(step, "survey")
         surveyed = look(step, start)
         put_back_first = state.keep_first_pass(start)
     if "ascend" in todo:

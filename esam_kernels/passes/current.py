@@ -10,8 +10,9 @@ _running = threading.local()
 
 @eager
 def current_pass() -> str | None:
-    """Which pass of a sharpness-aware step calls the model: "ascend", "look" or "descend"; None outside of a step.
+    """Which pass of a step calls the model: "ascend", "look" or "descend"; None outside of a step.
 
+    With an ``ascent_share`` or another ``ascent`` a "survey" of all losses may come first; a plain step is "descend".
     A step runs the model several times. Buffers begin each pass as they were before the step and end it as the first
     pass left them, but what a model keeps elsewhere is updated in every pass: counters, metrics, a momentum encoder, a
     generator of its own. Guard such an update, so that a step makes it once::
