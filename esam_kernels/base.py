@@ -177,7 +177,7 @@ def check_storage(params: Sequence[Tensor]) -> None:
             )
     stored = [local_shard(param) for param in params if not is_lazy(param) and param.device.type != "meta"]
     stored = [param for param in stored if param.numel() > 0]
-    spans = sorted(((*_span(param), i) for i, param in enumerate(stored)), key=lambda span: span[:2])
+    spans = sorted(((*span(param), i) for i, param in enumerate(stored)), key=lambda span: span[:2])
     for param in stored:
         if not is_dense(param) and _addresses(param).unique().numel() < param.numel():
             raise ValueError(
@@ -196,7 +196,7 @@ def check_storage(params: Sequence[Tensor]) -> None:
                 )
 
 
-def _span(param: Tensor) -> tuple[int, int]:
+def span(param: Tensor) -> tuple[int, int]:
     """The addresses that its elements lie between."""
     last = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride()))
     return param.data_ptr(), param.data_ptr() + (last + 1) * param.element_size()

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import options, sharpness
 from .base import check_ascent, check_params, check_storage, keep_contents, make_base, of_base, params_of, storage_of
-from .closure import Closure
+from .closure import Closure, modules_behind
 from .eager import eager
 from .model_state import Findings, ModelState
 from .options import OPTIONS, STEP, STORED
@@ -442,9 +442,10 @@ class ESAM(torch.optim.Optimizer):
         return copy_gradients(params_of(groups), self.state)
 
     def _model_state(self, closures: Sequence[Closure] = ()) -> ModelState:
-        models = [self.model, *(getattr(one, name, None) for one in closures for name in ("model", "loss_fn"))]
         # A closure written by hand may call anything its model.
-        return ModelState([model for model in models if isinstance(model, nn.Module)], params_of(self.param_groups))
+        behind = [getattr(one, name, None) for one in closures for name in ("model", "loss_fn")]
+        models = [module for one in (self.model, *behind) for module in modules_behind(one)]
+        return ModelState(models, params_of(self.param_groups))
 
     def _warn_of_plain_step(self) -> None:
         # What does not move, as the step by which torch.distributed.checkpoint makes the state, means nothing else.

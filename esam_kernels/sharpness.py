@@ -36,7 +36,7 @@ def plain_backward(step: Step) -> Tensor:
     enter(step, "descend")
     losses = descend(step, [None] * len(step.closures))
     start.written.first_pass_has_run()
-    leave()
+    leave(step)
     return mean(losses)
 
 
@@ -93,5 +93,5 @@ def sharp_backward(step: Step) -> Tensor:
     restore(step, perturbation)
     if put_back_first is not None:
         put_back_first()
-    leave()
+    leave(step)
     return mean(surveyed or ascent.losses or descended)
