@@ -22,6 +22,7 @@ SHARING = {
     "every second and fourth": lambda x: (x[::2], x[::4]),
     "one that lies in the gaps of another but for one element": lambda x: (x[::2], x[1:4:2], x[5:8]),
     "a far one behind a near one": lambda x: (x[:20], x[20:30], x[10:15]),
+    "halves of numbers with gaps": lambda x: (x[::2], x.view(torch.bfloat16)[1::4]),
     "another dtype": lambda x: (x[:4], x.view(torch.bfloat16)[7:9]),
 }
 BESIDE = {
@@ -29,6 +30,7 @@ BESIDE = {
     "even and odd": lambda x: (x[::2], x[1::2]),
     "left and right columns": lambda x: (x.view(8, 8)[:, :4], x.view(8, 8)[:, 4:]),
     "empty ones": lambda x: (x, x[3:3], x[5:5]),
+    "halves of numbers in the gaps": lambda x: (x[::2], x.view(torch.bfloat16)[2::4]),
     "other dtypes": lambda x: (x[:4], x.view(torch.bfloat16)[8:10]),
 }
 ALONE = {
