@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from .base import span
 from .rollback import Rollback
 from .sharding import ShardedModules
 from .warn import warn
@@ -202,6 +203,7 @@ class ModelState:
         """
         if findings.watched or self.shards:
             return lambda: None
+        self._check_buffers()
         tensors = dict(self._tensors_outside_buffers())
         versions = {name: tensor._version for name, tensor in tensors.items()}
 
@@ -216,6 +218,21 @@ class ModelState:
                 )
 
         return first_pass_has_run
+
+    def _check_buffers(self) -> None:
+        """Refuse buffers that are parts of weights: passes would put the weights back with them."""
+        weights = [span(param) for param in self.params if not is_lazy(param) and param.numel() > 0]
+        for module in self._modules:
+            for name, buffer in module._buffers.items():
+                if buffer is None or is_lazy(buffer) or not _is_plain(buffer) or buffer.numel() == 0:
+                    continue
+                start, end = span(buffer)
+                if buffer.device.type != "meta" and any(start < stop and begin < end for begin, stop in weights):
+                    raise ValueError(
+                        f"the buffer {type(module).__name__}.{name} shares memory with a parameter, which a step "
+                        "perturbs, while every pass begins with the buffers from before it: register a copy, or make "
+                        "it a property that returns the part"
+                    )
 
     def _tensors_outside_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """With names, those in attributes of modules, also in lists, dicts and modules that are hidden there.

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from . import options, sharpness
 from .base import check_ascent, check_params, check_storage, keep_contents, make_base, of_base, params_of, storage_of
 from .bases import each_of
-from .closure import Closure
+from .closure import Closure, modules_behind
 from .eager import eager
 from .last_step import LastStep
 from .model_state import Findings, FoundModels, ModelState
@@ -41,8 +41,14 @@ def _registers_for_owner(name: str) -> Any:
     return register
 
 
-def _call_for_owner(owner: "ESAM", hook: Callable[..., Any], _base: torch.optim.Optimizer, *args: Any) -> Any:
-    return hook(owner, *args)
+def _call_for_owner(owner: "ESAM", hook: Callable[..., Any], base: torch.optim.Optimizer, *args: Any) -> Any:
+    """Call a hook with the ESAM in place of its base, also among the arguments of a step, which it may replace."""
+    result = hook(owner, *(_exchanged(arg, base, owner) for arg in args))
+    return tuple(_exchanged(item, owner, base) for item in result) if isinstance(result, tuple) else result
+
+
+def _exchanged(value: Any, one: Any, other: Any) -> Any:
+    return tuple(other if item is one else item for item in value) if isinstance(value, tuple) else value
 
 
 @dataclass
@@ -513,9 +519,10 @@ class ESAM(torch.optim.Optimizer):
         return copy_gradients(params_of(groups), self.state)
 
     def _model_state(self, closures: Sequence[Closure] = (), models: Sequence[nn.Module | None] = ()) -> ModelState:
-        models = [self.model, *models, *(getattr(one, name, None) for one in closures for name in ("model", "loss_fn"))]
         # A closure written by hand may call anything its model.
-        return ModelState([model for model in models if isinstance(model, nn.Module)], params_of(self.param_groups))
+        behind = [getattr(one, name, None) for one in closures for name in ("model", "loss_fn")]
+        found = [module for one in (self.model, *models, *behind) for module in modules_behind(one)]
+        return ModelState(found, params_of(self.param_groups))
 
     def _warn_of_plain_step(self) -> None:
         # What does not move, as the step by which torch.distributed.checkpoint makes the state, means nothing else.

@@ -49,7 +49,7 @@ def plain_backward(step: Step) -> LastStep:
     for closure in batch_closures(step):
         closure.leave_weights()
     start.written.first_pass_has_run()
-    leave()
+    leave(step)
     return LastStep(False, rows=counts(step.closures, rows, losses), _at_weights=losses)
 
 
@@ -111,7 +111,7 @@ def sharp_backward(step: Step) -> LastStep:
     restore(step, perturbation)
     if put_back_first is not None:
         put_back_first()
-    leave()
+    leave(step)
     return LastStep(
         True,
         perturbation.norm,
