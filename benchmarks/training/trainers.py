@@ -75,7 +75,9 @@ class Settings:
 
     def radius(self, esam: Mapping[str, Any]) -> float:
         """The radius among ESAM's options; where none is given, the one that suits the direction of ascent."""
-        return float(make(esam, base_has_betas=self.base == "adamw")["rho"])
+        if esam["rho"] is not None:
+            return float(esam["rho"])
+        return float(make({"ascent": esam["ascent"]}, base_has_betas=self.base == "adamw")["rho"])
 
     @property
     def seed(self) -> int:
