@@ -42,8 +42,8 @@ class Findings:
 class WrittenWeights:
     """Keeps the weights that forwards write, such as those of ``nn.Embedding(max_norm=...)``.
 
-    A step that fails puts them back, and one that succeeds leaves them as its first pass did. In the first step all are
-    kept, until that pass has shown which are written; what is first written in a later step, from the next one on.
+    A step that fails puts them back, and one of several passes leaves them as the first one did. In the first step all
+    are kept, until that pass has shown which are written; what is first written in a later step, from the next one on.
     Parameters of FSDP2 are not: their forwards write gathered copies of them.
     """
 
@@ -55,17 +55,21 @@ class WrittenWeights:
         self._before = self._copies()
         if self._params:
             rollback.undo_by(self.put_back)
-        self.first_pass_begins()
+        self._count_from(self._before)
 
     def put_back(self) -> None:
         """Undo what forwards have written."""
         self._write(self._before)
 
     def first_pass_begins(self) -> None:
-        """Writes are counted from now on."""
-        self._versions = {i: param._version for i, param in enumerate(self._all) if not is_lazy(param)}
+        """Writes are counted from now on, when the weights have been perturbed before any pass."""
+        self._count_from(self._copies() if self._findings.written is None else {})
 
-    def first_pass_has_run(self, perturbed: bool = False) -> None:
+    def _count_from(self, values: dict[int, Tensor]) -> None:
+        self._versions = {i: param._version for i, param in enumerate(self._all) if not is_lazy(param)}
+        self._values = values
+
+    def first_pass_has_run(self) -> None:
         """Find out which weights the first pass has written, of those that are not known to be.
 
         Writes through ``.data`` move no version, but change values, which is seen in the first step. On a GPU it would
@@ -73,8 +77,9 @@ class WrittenWeights:
         """
         known = self._findings.written
         written = {i for i, version in self._versions.items() if self._all[i]._version != version}
-        if known is None and not perturbed:
-            written.update(i for i, value in self._before.items() if value.is_cpu and not self._holds(i, value))
+        if known is None:
+            written.update(i for i, value in self._values.items() if value.is_cpu and not self._holds(i, value))
+        self._values = {}
         if known is None or not written.issubset(known):
             self._findings.written = sorted(written.union(known or ()))
             self._params = {i: self._all[i] for i in self._findings.written}
@@ -279,19 +284,25 @@ class ModelState:
 
         return replay
 
-    def bypass_replicas(self, rollback: Rollback) -> Callable[[], None]:
+    def bypass_replicas(self, rollback: Rollback, into_grad: bool) -> Callable[[], None]:
         """Call what ``DistributedDataParallel`` wraps directly, for passes whose gradients are not reduced.
+
+        Args:
+            rollback: the step's.
+            into_grad: whether these passes run a backward into ``.grad``, from which a replica with a static graph
+                would learn that there are two in an iteration: it stays, and reduces their gradients, too.
 
         Returns:
             The function that puts the wrappers back.
         """
+        replicas = [replica for replica in self._replicas if not (into_grad and replica.static_graph)]
 
         def put_back() -> None:
             for replica in self._replicas:
                 vars(replica).pop("forward", None)
 
         rollback.undo_by(put_back)
-        for replica in self._replicas:
+        for replica in replicas:
             # An instance attribute hides the class's forward; not set through Module, which would register the module.
             vars(replica)["forward"] = replica.module.__call__
         return put_back

@@ -248,7 +248,8 @@ class ESAM(torch.optim.Optimizer):
                 rows are drawn before a pass has told that, one written by hand costs a forward more. A list of
                 closures is a list of micro-batches, whose gradients add up to that of one batch. With ``gamma=1`` and
                 ``ascent_share=1`` one loss will do, a 0-dimensional tensor, or a mapping or an object that has it as
-                ``loss``; micro-batches then weigh alike, or by what comes with it as (loss, weight).
+                ``loss``, or a mapping of such tensors alone, which are added; micro-batches then weigh alike, or by
+                what comes with it as (loss, weight).
             grad_scaler: scales the losses; ``unscale_``, ``step`` and ``update`` are called on it as always.
 
         Returns:
@@ -397,11 +398,11 @@ class ESAM(torch.optim.Optimizer):
             for weight, grad in zip(weights, grads):
                 check_gradient(weight, grad)
             self._progress.perturbation = moved = perturb(step, Ascent(weights, grads))
-            self._progress.last = LastStep(True, moved.norm, moved.weights)
             step.model_state.forget_weight_copies()
             self._set_step_count(step.number + 1)
             if zero_grad:
                 self.base.zero_grad()
+            self._progress.last = LastStep(True, moved.norm, moved.weights)
 
         rollback.run(work)
 
@@ -546,7 +547,7 @@ class ESAM(torch.optim.Optimizer):
 
 
 ESAM.__doc__ = (ESAM.__doc__ or "").replace("    {options}", options.documentation("        "))
-ESAM.__init__.__signature__ = options.signature(inspect.signature(ESAM.__init__))  # type: ignore[attr-defined]
+ESAM.__init__.__signature__ = options.signature(inspect.signature(ESAM.__init__))
 
 
 def _check_closures(closure: Closure | Sequence[Closure]) -> list[Closure]:

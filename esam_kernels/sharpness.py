@@ -55,7 +55,7 @@ def sharp_backward(step: Step) -> LastStep:
     todo = passes(settings, all(isinstance(closure, BatchClosure) for closure in step.closures))
     several = len(todo) > 1
     start = state.keep(step.rollback, step.findings, several)
-    use_replicas = state.bypass_replicas(step.rollback) if several else None
+    use_replicas = state.bypass_replicas(step.rollback, step.ordinary is not None) if several else None
     put_back_first: Callable[[], None] | None = None  # what the first of several passes has left
 
     surveyed = []
@@ -92,7 +92,7 @@ def sharp_backward(step: Step) -> LastStep:
     else:
         descended = descend(step, rows, before, perturbation.norm)
     if not several:
-        start.written.first_pass_has_run(perturbed=True)
+        start.written.first_pass_has_run()
     for weight in step.weights:  # the drawn ones were checked in pass 1; what is refused must not depend on the draw
         check_gradient(weight, weight.param.grad)
     check_reached(step, ascent)

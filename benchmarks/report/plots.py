@@ -17,6 +17,13 @@ STYLES: dict[str, dict[str, Any]] = {
     "sgd": {"color": "#555555", "marker": "o", "linestyle": "-"},
     "sgd-bf16": {"color": "#555555", "marker": "D", "linestyle": (0, (4, 2))},
     "sam": {"color": "#0072B2", "marker": "s", "linestyle": "-"},
+    "sam-own": {"color": "#0072B2", "marker": "s", "linestyle": "-"},
+    "sam-foreach": {"color": "#0072B2", "marker": "D", "linestyle": (0, (4, 2))},
+    "momentum": {"color": "#009E73", "marker": "P", "linestyle": "-"},
+    "previous": {"color": "#009E73", "marker": "X", "linestyle": (0, (4, 2))},
+    "share-quarter": {"color": "#CC79A7", "marker": "<", "linestyle": "-"},
+    "sam-tail0.2": {"color": "#CC79A7", "marker": ">", "linestyle": (0, (4, 2))},
+    "nesterov": {"color": "#555555", "marker": "p", "linestyle": (0, (1, 2))},
     "esam": {"color": "#D55E00", "marker": "^", "linestyle": "-"},
     "esam-bf16": {"color": "#D55E00", "marker": "v", "linestyle": (0, (4, 2))},
 }

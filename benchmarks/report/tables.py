@@ -36,10 +36,11 @@ def summary(results: Iterable[dict[str, Any]]) -> str:
     rows = []
     for result in results:
         methods = result["methods"]
+        sam = "sam" if "sam" in methods else "sam-own"  # where the package of the first is missing
         costs = [
-            _cost(methods[name]["time_over_sgd"]) if name in methods else "" for name in ("sam", "esam", "esam-bf16")
+            _cost(methods[name]["time_over_sgd"]) if name in methods else "" for name in (sam, "esam", "esam-bf16")
         ]
-        gains = [_gain(result, "esam", other) for other in ("sgd", "sam")]
+        gains = [_gain(result, "esam", other) for other in ("sgd", sam)]
         peaks = [methods.get(name, {}).get("peak_memory_bytes") for name in ("sgd", "esam")]
         rows.append([subject(result), *costs, *gains, f"{peaks[1] / peaks[0]:.2f}" if all(peaks) else ""])
     return table(columns, rows)
@@ -137,7 +138,7 @@ def train(result: dict[str, Any]) -> str:
         f"{machine(result)}"
     )
     found = {methods[name]["label"]: measured for name, measured in result["sharpness"]["seeds"].items()}
-    return "\n\n".join([table(columns, rows), caption, *sharpness(result, {"": found})])
+    return "\n\n".join([table(columns, rows), *left_out(result), caption, *sharpness(result, {"": found})])
 
 
 def frontier(result: dict[str, Any]) -> str:
@@ -158,7 +159,8 @@ def frontier(result: dict[str, Any]) -> str:
         for prefix, panel in zip(found, PANELS):
             runs = one[panel]["runs"] if one[panel] else []
             found[prefix][one["label"]] = [run["sharpness"] for run in runs if run["sharpness"]]
-    return "\n\n".join([table(columns, rows), _about_sweep(result, finished), *sharpness(result, found)])
+    about = [*left_out(result), _about_sweep(result, finished)]
+    return "\n\n".join([table(columns, rows), *about, *sharpness(result, found)])
 
 
 def _about_sweep(result: dict[str, Any], finished: bool) -> str:
@@ -261,16 +263,21 @@ def step_cost(result: dict[str, Any]) -> str:
         f"{settings['model']}{width}, batch {settings['batch_size']}{amp}, {size}, medians and quartiles of "
         f"{result['rounds']} interleaved rounds; operators: {result['backend']}. {machine(result)}"
     )
-    missing = "; ".join(f"{METHODS[name].label}: {why}" for name, why in result["left_out"].items())
     return "\n\n".join(
         [
             table(["step", "ms", "over SGD"], methods),
-            *([f"Left out: {missing}."] if missing else []),
+            *left_out(result),
             table(["part of ESAM's step", "ms", "over SGD"], parts),
             findings,
             caption,
         ]
     )
+
+
+def left_out(result: dict[str, Any]) -> list[str]:
+    """The sentence on what was not measured, and why; nothing if all was, or if the result is from before."""
+    missing = "; ".join(f"{METHODS[name].label}: {why}" for name, why in result.get("left_out", {}).items())
+    return [f"Left out: {missing}."] if missing else []
 
 
 def rounding(result: dict[str, Any]) -> str:
@@ -314,7 +321,7 @@ def memory(result: dict[str, Any]) -> str:
         "besides. Backup: what ESAM copies before it perturbs. Floor: one copy of the weights that are perturbed. "
         f"{machine(result)}"
     )
-    return "\n\n".join([*parts, caption])
+    return "\n\n".join([*parts, *left_out(result), caption])
 
 
 def operators(result: dict[str, Any]) -> str:

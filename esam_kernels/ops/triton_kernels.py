@@ -287,10 +287,30 @@ def _select_top_kernel(before, after, out, b, k, KEY: tl.constexpr, BLOCK: tl.co
 _INTERPRETED = not isinstance(_select_top_kernel, triton.runtime.JITFunction)
 
 
+def _interpreter_obstacle() -> str | None:
+    """Why Triton's interpreter, if it is asked for, cannot run what it is given; None if it can."""
+    if not _INTERPRETED:
+        return None
+    import numpy  # which the interpreter needs, and the compiler does not
+
+    versions = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        return (
+            f"the interpreter of Triton {triton.__version__} fails with NumPy {numpy.__version__}: take Triton 3.7 or "
+            "newer, or NumPy before 2.4"
+        )
+    return None
+
+
+_INTERPRETER_OBSTACLE = _interpreter_obstacle()
+
+
 def unsupported(tensor: Tensor) -> str | None:
     """Why these kernels do not take a tensor as weights or losses; None if they do."""
     if _INTERPRETED and not tensor.is_cpu:
         return f"it is on {tensor.device}, and Triton's interpreter (TRITON_INTERPRET) reads only CPU memory"
+    if _INTERPRETER_OBSTACLE:
+        return _INTERPRETER_OBSTACLE
     if not _INTERPRETED and not tensor.is_cuda:
         return f"it is on {tensor.device}, and Triton's kernels run on CUDA devices (or with TRITON_INTERPRET=1)"
     if tensor.dtype not in _DTYPES:

@@ -13,17 +13,21 @@ from benchmarks.training import trainers
 from benchmarks.training.methods import METHODS
 from esam_kernels.options import OPTIONS
 
-
-def given(option):
-    """A value that is not the option's default, and the command line that says so."""
-    candidates = [True, *option.choices, 0.7, 3, "bfloat16"]
-    value = next(x for x in candidates if type(x) is option.kind and x != option.default and option.fits(x))
-    flag = f"--{option.name.replace('_', '-')}"
-    return value, [flag] if option.kind is bool else [flag, str(value)]
-
-
-# Not the seed, which is that of a run.
-ON_COMMAND_LINES = [name for name in OPTIONS if name != "seed"]
+# What an option is given on a command line, and what ESAM must then have.
+GIVEN = {
+    "rho": (["--rho", "0.3"], 0.3),
+    "adaptive": (["--adaptive"], True),
+    "ascent": (["--ascent", "previous"], "previous"),
+    "ascent_share": (["--ascent-share", "0.5"], 0.5),
+    "start": (["--start", "7"], 7),
+    "beta": (["--beta", "0.7"], 0.7),
+    "gamma": (["--gamma", "0.4"], 0.4),
+    "granularity": (["--granularity", "element"], "element"),
+    "selection": (["--selection", "random"], "random"),
+    "select_over": (["--select-over", "all"], "all"),
+    "interval": (["--interval", "3"], 3),
+    "steering_dtype": (["--steering-dtype", "bfloat16"], "bfloat16"),
+}
 
 
 def parsed(command, arguments):
@@ -39,19 +43,23 @@ def made_by(settings, name="esam"):
     return trainers.trainer(name, torch.nn.Linear(1, 1), settings, torch.device("cpu")).optimizer.param_groups[0]
 
 
+def test_every_option_but_the_seed_can_be_given():
+    assert GIVEN.keys() == OPTIONS.keys() - {"seed"}
+
+
 # The parts of a step, which step cost shows, are those of a sharp one.
 @pytest.mark.parametrize(
     ("command", "name"),
     [
         (command, name)
         for command in (train, frontier, memory, step_cost, rounding)
-        for name in ON_COMMAND_LINES
-        if (command, name) != (step_cost, "interval")
+        for name in GIVEN
+        if (command, name) not in ((step_cost, "interval"), (step_cost, "start"))
     ],
 )
 def test_an_option_that_is_given_reaches_esam(command, name):
-    value, arguments = given(OPTIONS[name])
-    args = parsed(command, ["--device", "cpu", *arguments])
+    given, value = GIVEN[name]
+    args = parsed(command, ["--device", "cpu", *given])
     radius = {"rho": args.rho[0]} if command is rounding else {}  # it takes several
     group = made_by(command_line.settings(args, 5, **radius))
     assert group[name] == value
@@ -60,9 +68,17 @@ def test_an_option_that_is_given_reaches_esam(command, name):
 
 def test_what_is_not_given_has_the_default_of_the_table():
     args = train.parse_args(["--device", "cpu"])
-    assert command_line.settings(args).esam == {name: option.default for name, option in OPTIONS.items()} | {
-        "rho": 0.05
-    }
+    defaults = {name: option.default for name, option in OPTIONS.items()}
+    assert command_line.settings(args).esam == {**defaults, "rho": 0.05}
+
+
+@pytest.mark.parametrize(("ascent", "rho"), [("momentum", 0.3), ("previous", 0.1)])
+def test_a_radius_that_is_not_given_suits_the_direction_of_ascent(ascent, rho):
+    args = train.parse_args(["--device", "cpu", "--ascent", ascent])
+    assert args.rho == command_line.settings(args).esam["rho"] == rho
+    assert made_by(trainers.Settings(0.1, 0.9, 0.0), ascent)["rho"] == rho
+    given = trainers.Settings(0.1, 0.9, 0.0, {"ascent": ascent, "rho": 0.7})
+    assert made_by(given, ascent)["rho"] == 0.7
 
 
 def test_a_new_row_of_the_table_is_an_option_everywhere(monkeypatch, capsys):
@@ -75,8 +91,8 @@ def test_a_new_row_of_the_table_is_an_option_everywhere(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             parsed(command, ["--help"])
         assert "--warm-up" in capsys.readouterr().out
-    for arguments, value in ([], 4), (["--warm-up", "9"], 9):
-        made_by(command_line.settings(train.parse_args(["--device", "cpu", *arguments])))
+    for given, value in ([], 4), (["--warm-up", "9"], 9):
+        made_by(command_line.settings(train.parse_args(["--device", "cpu", *given])))
         assert seen[-1]["warm_up"] == value
     assert "| `warm_up` | 4 | plain steps at first |" in documents.options_table()
 
@@ -86,7 +102,7 @@ def test_a_recipe_has_radius_and_share_of_its_own_and_the_help_says_so(capsys):
     assert (args.rho, args.beta) == (0.1, 0.5)
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
-    assert f"default: {OPTIONS['rho'].default}, for wrn28_10 0.1" in " ".join(capsys.readouterr().out.split())
+    assert "default: what suits --ascent, for wrn28_10 0.1" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_help_is_the_tables_sentence(capsys):

@@ -14,7 +14,6 @@ import pytest
 import ranks
 import torch
 from networks import same, values
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -491,7 +490,7 @@ class Digits:
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        digits = load_digits()
+        digits = pytest.importorskip("sklearn.datasets").load_digits()
         order = torch.randperm(len(digits.target))
         images, labels = (
             torch.tensor(digits.data / 16.0, dtype=torch.float32)[order],
