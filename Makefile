@@ -53,7 +53,7 @@ attack: $(READY)  # exceptions at any instant of a step, for 10 minutes: nothing
 	PYTHONPATH=. $(BIN)/python tests/attack.py --minutes 10 --output build/attack.json
 
 docs: $(READY)  # the site in build/site; needs no network, and fails on a dead link
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "Written to build/site: open index.html, or run '$(BIN)/mkdocs serve' to see what you write"
 
 check: $(READY)

@@ -565,7 +565,8 @@ class ESAM(torch.optim.Optimizer):
 
 
 ESAM.__doc__ = (ESAM.__doc__ or "").replace("    {options}", options.documentation("        "))
-ESAM.__init__.__signature__ = options.signature(inspect.signature(ESAM.__init__))
+# Of the function in the decorator, where who unwraps it finds the options too, as the docs' builder does.
+inspect.unwrap(ESAM.__init__).__signature__ = options.signature(inspect.signature(ESAM.__init__))
 
 
 def _check_closures(closure: Closure | Sequence[Closure]) -> list[Closure]:
