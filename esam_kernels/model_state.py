@@ -239,7 +239,8 @@ class ModelState:
 
         Parameters that the optimizer does not have, such as a momentum encoder's, are among them.
         """
-        seen = {*self._ids, *map(id, self._modules)}
+        buffers = [buffer for module in self._modules for buffer in module._buffers.values()]  # DDP lists them as well
+        seen = {*self._ids, *map(id, self._modules), *map(id, buffers)}
         for module in self._modules:
             values = {name: value for name, value in vars(module).items() if name not in ("_buffers", "_modules")}
             for name, value in (*values.pop("_parameters").items(), *values.items()):

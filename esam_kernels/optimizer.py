@@ -28,6 +28,7 @@ from .passes.sources import copy_gradients, keep_gradients
 from .rollback import Rollback
 from .sharding import check_same_on_ranks, is_sharded
 from .step import Step, Weight
+from .trainers import check_closure_caller, check_plain_caller, computation_in
 from .warn import called_by_scaler, warn
 
 
@@ -300,15 +301,15 @@ class ESAM(torch.optim.Optimizer):
         Signals wait for the base optimizer, which would otherwise leave some weights updated and some not. An exception
         from another thread does not wait: where one may come, keep a checkpoint.
 
-        Trainers such as Lightning give a closure without an index, which runs hooks, also after ``backward``: then it
-        is called, and no more.
+        Trainers such as Lightning give a closure without an index, which runs hooks, also after ``backward`` or
+        ``restore``: then it is called, and no more.
 
         Returns:
             What ``backward`` returns, or what the first call of a closure without an index does, or None.
 
         Raises:
-            RuntimeError: if a closure without an index made no gradient, or a ``GradScaler`` calls this with a closure;
-                and where ``backward`` raises it.
+            RuntimeError: if a closure without an index made no gradient, a ``GradScaler`` calls this with a closure, or
+                a trainer has run a part of the step before; and where ``backward`` raises it.
             ValueError: if a closure without an index is given and gamma or ascent_share is not 1; and where
                 ``backward`` raises it.
         """
@@ -320,13 +321,15 @@ class ESAM(torch.optim.Optimizer):
             )
         loss = None
         if callable(closure) and _takes_no_index(closure):
-            if self._progress.has_gradient:
+            if self._progress.has_gradient or self._progress.restored:
                 closure()
             else:
+                check_closure_caller()
                 loss = self._run_ordinary(closure)
         elif closure is not None:
             loss = self.backward(closure)
         elif not (self._progress.has_gradient or self._progress.restored):
+            check_plain_caller()
             self._warn_of_plain_step()
 
         def work() -> None:  # nothing to undo, but signals come before the base optimizer's step, or after it
@@ -342,7 +345,7 @@ class ESAM(torch.optim.Optimizer):
         """The passes of an ordinary closure; what its first call returns."""
         rollback = Rollback()
         models = [self.model] if self.model is not None else self._progress.models.of(params_of(self.param_groups))
-        ordinary = OrdinaryClosure(closure, params_of(self.param_groups))
+        ordinary = OrdinaryClosure(closure, computation_in(closure), params_of(self.param_groups))
         step = self._make_step(rollback, models=models, ordinary=ordinary)
         check_ordinary(step)
         return self._run(step, "step()")
