@@ -68,7 +68,8 @@ build libtorch_cpu.so: name
 class BuildNative(build_ext):
     """Compiles csrc/ with ninja into one library that does not use Python's C API.
 
-    Beside it stands a record: the library's digest, and for each device without operators the reason.
+    Beside it stands a record: the digests of the library and of its sources, and for each device without operators the
+    reason.
     """
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -83,6 +84,7 @@ class BuildNative(build_ext):
         try:
             if wanted == "0":
                 raise RuntimeError("ESAM_KERNELS_NATIVE was 0")
+            self.sources = digest_of_sources()
             self.built, self.missing = self.build_library()
         except Exception as error:
             if wanted == "require":
@@ -108,7 +110,7 @@ class BuildNative(build_ext):
         record = dict(self.missing)
         if self.built is not None:
             content = self.built.read_bytes()
-            record["sha256"] = hashlib.sha256(content).hexdigest()
+            record |= {"sha256": hashlib.sha256(content).hexdigest(), "sources": self.sources}
             replace(folder / LIBRARY, content)
         replace(folder / RECORD, (json.dumps(record, indent=2) + "\n").encode())
         if self.built is None:
@@ -163,6 +165,16 @@ def replace(path: Path, content: bytes) -> None:
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def digest_of_sources() -> str:
+    """Of what the library is compiled from and how: nvcc does not give the same bytes twice."""
+    digest = hashlib.sha256()
+    for path in [Path(__file__), *sorted(path for path in CSRC.rglob("*") if path.is_file())]:
+        digest.update(path.read_bytes())
+    for name in ("CXX", "CXXFLAGS", "LDFLAGS", "NVCC_APPEND_FLAGS"):
+        digest.update(f"{name}={os.environ.get(name, '')}\n".encode())
+    return digest.hexdigest()
 
 
 def cuda_obstacle() -> str | None:

@@ -11,7 +11,9 @@ COMMANDS = {
     "operators": "the operators by themselves, beside foreach and torch.compile",
     "memory": "peak memory for each option of ESAM",
     "rounding": "what stochastic rounding of the perturbation does to weights in bf16",
-    "report": "the results of all of these as a page, as Markdown and in the README",
+    "gpu": "all that a GPU is needed for, within ten minutes, and what is left in the next",
+    "unpack": "a pack of JPEG files as arrays, for machines without pillow",
+    "report": "the results of all of these as a page, as Markdown, and in README and docs",
 }
 
 

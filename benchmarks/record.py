@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
+DERIVED = ("restart", "left_out")  # of a command line, what says nothing of how it was measured
 FORMER_NAMES = {"kernels": "operators"}  # of benchmarks
 
 
@@ -20,8 +21,8 @@ def header(benchmark: str, data: str, args: argparse.Namespace) -> dict[str, Any
 
 
 def as_json(args: argparse.Namespace) -> dict[str, Any]:
-    """The options as they go into a result: all but the paths, which are this machine's own."""
-    return {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+    """The options as they go into a result: all but the paths, which are this machine's own, and DERIVED."""
+    return {name: value for name, value in vars(args).items() if not isinstance(value, Path) and name not in DERIVED}
 
 
 def mean_and_std(values: Sequence[float]) -> dict[str, float | None] | None:
@@ -33,9 +34,11 @@ def mean_and_std(values: Sequence[float]) -> dict[str, float | None] | None:
 
 
 def save(result: dict[str, Any], folder: Path, stem: str) -> None:
-    """Write a result as JSON."""
+    """Write a result as JSON, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+    new = folder / f"{stem}.json.new"
+    new.write_text(json.dumps(result, indent=1) + "\n")
+    new.replace(folder / f"{stem}.json")
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:

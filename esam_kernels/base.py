@@ -213,9 +213,9 @@ def check_storage(params: Sequence[Tensor]) -> None:
             )
     stored = [local_shard(param) for param in params if not is_lazy(param) and param.device.type != "meta"]
     stored = [param for param in stored if param.numel() > 0]
-    spans = sorted(((*_span(param), i) for i, param in enumerate(stored)), key=lambda span: span[:2])
+    spans = sorted(((*span(param), i) for i, param in enumerate(stored)), key=lambda span: span[:2])
     for param in stored:
-        if not is_dense(param) and _addresses(param).unique().numel() < param.numel():
+        if not is_dense(param) and _addresses(param).unique().numel() < param.numel() * param.element_size():
             raise ValueError(
                 f"a parameter of shape {list(param.shape)} and strides {list(param.stride())} holds elements twice: "
                 "give a contiguous one, such as its clone()"
@@ -232,25 +232,27 @@ def check_storage(params: Sequence[Tensor]) -> None:
                 )
 
 
-def _span(param: Tensor) -> tuple[int, int]:
+def span(param: Tensor) -> tuple[int, int]:
     """The addresses that its elements lie between."""
     last = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride()))
     return param.data_ptr(), param.data_ptr() + (last + 1) * param.element_size()
 
 
 def _addresses(param: Tensor) -> Tensor:
-    """The address of each element, int64."""
+    """The address of each of its bytes, int64."""
     places = torch.zeros((), dtype=torch.int64)
     for size, stride in zip(param.shape, param.stride()):
         places = places[..., None] + torch.arange(size) * stride
-    return param.data_ptr() + places.flatten() * param.element_size()
+    size = param.element_size()
+    return param.data_ptr() + (places.flatten()[:, None] * size + torch.arange(size)).flatten()
 
 
 def storage_of(params: Sequence[Tensor]) -> list[int]:
-    """Where the parameters lie, to see whether ``check_storage`` has to be asked again."""
-    if any(map(is_lazy, params)) or any(map(is_sharded, params)):  # these do not say; FSDP2 keeps its own apart
+    """Where and how the parameters lie, to see whether ``check_storage`` has to be asked again."""
+    kinds = {type(param): param for param in params}.values()
+    if any(map(is_lazy, kinds)) or any(map(is_sharded, kinds)):  # these do not say; FSDP2 keeps its own apart
         return []
-    return list(map(Tensor.data_ptr, params))
+    return [*map(Tensor.data_ptr, params), *map(Tensor.numel, params), *map(Tensor.is_contiguous, params)]
 
 
 def check_not_empty(params: Any) -> None:

@@ -3,9 +3,13 @@
 import copy
 from collections import UserDict
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
+from types import CellType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
+
+from .eager import eager
 
 # Per-sample losses, shape [b]; or losses and weights, shape [b] each.
 Losses = Tensor | tuple[Tensor, Tensor]
@@ -112,6 +116,7 @@ class BatchClosure:
                 yield path, tensor
 
 
+@eager  # traced, it would be given what is inside a compiled model instead of that
 def batch_closure(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Losses],
@@ -169,6 +174,22 @@ def batch_closure(
                 f"name it as shared=({path!r},) if it belongs to the whole batch; {BY_HAND}"
             )
     return BatchClosure(model, loss_fn, inputs, targets, shared, rows, keep_outputs)
+
+
+def modules_behind(function: Any) -> Iterator[nn.Module]:
+    """The modules that a callable is, is a method of, or names, such as a lambda around a loss."""
+    if isinstance(function, nn.Module):
+        yield function
+    elif isinstance(function, partial):
+        for one in (function.func, *function.args, *function.keywords.values()):
+            yield from modules_behind(one)
+    else:
+        named = [getattr(function, "__self__", None)]
+        function = getattr(function, "__func__", function)
+        if isinstance(function, FunctionType):
+            named += [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+            named += [function.__globals__.get(name) for name in function.__code__.co_names]
+        yield from (one for one in named if isinstance(one, nn.Module))
 
 
 def _check_rows(result: Any, rows: int) -> None:

@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from . import options, sharpness
 from .base import check_ascent, check_params, check_storage, keep_contents, make_base, of_base, params_of, storage_of
 from .bases import each_of
-from .closure import Closure
+from .closure import Closure, modules_behind
+from .eager import eager
 from .last_step import LastStep
 from .model_state import Findings, FoundModels, ModelState
 from .options import OPTIONS, STEP, STORED
@@ -27,11 +28,8 @@ from .passes.sources import copy_gradients, keep_gradients
 from .rollback import Rollback
 from .sharding import check_same_on_ranks, is_sharded
 from .step import Step, Weight
+from .trainers import check_closure_caller, check_plain_caller, computation_in
 from .warn import called_by_scaler, warn
-
-# No part of a step is traced by torch.compile, which would lose what happens between tensors and optimizer: whoever
-# compiles a whole training step gets a graph break there. Models compiled by themselves stay so.
-eager = torch.compiler.disable
 
 
 def _registers_for_owner(name: str) -> Any:
@@ -44,8 +42,14 @@ def _registers_for_owner(name: str) -> Any:
     return register
 
 
-def _call_for_owner(owner: "ESAM", hook: Callable[..., Any], _base: torch.optim.Optimizer, *args: Any) -> Any:
-    return hook(owner, *args)
+def _call_for_owner(owner: "ESAM", hook: Callable[..., Any], base: torch.optim.Optimizer, *args: Any) -> Any:
+    """Call a hook with the ESAM in place of its base, also among the arguments of a step, which it may replace."""
+    result = hook(owner, *(_exchanged(arg, base, owner) for arg in args))
+    return tuple(_exchanged(item, owner, base) for item in result) if isinstance(result, tuple) else result
+
+
+def _exchanged(value: Any, one: Any, other: Any) -> Any:
+    return tuple(other if item is one else item for item in value) if isinstance(value, tuple) else value
 
 
 @dataclass
@@ -58,6 +62,7 @@ class _Progress:
     phase: str = ""  # what is under way, for error messages
     perturbation: Perturbation | None = None  # between first_step() and second_step()
     has_gradient: bool = False  # between backward() and step()
+    restored: bool = False  # between restore() and step()
     findings: Findings = field(default_factory=Findings)  # of the steps before
     storage: list[int] = field(default_factory=list)  # where the parameters lay when they were checked last
     scaler_states: Any = None  # of the grad scaler of the last backward(), which makes new ones in its update()
@@ -72,7 +77,7 @@ class ESAM(torch.optim.Optimizer):
 
     Source: Du et al., "Efficient Sharpness-aware Minimization for Improved Training of Neural Networks", ICLR 2022,
     arXiv 2110.03141. With ``beta = gamma = 1`` it is SAM (arXiv 2010.01412), with ``adaptive`` as well ASAM (arXiv
-    2102.11600), and with ``rho = 0`` the base optimizer. ::
+    2102.11600), and with ``rho = 0`` the base optimizer:
 
         optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.05, beta=0.6, gamma=0.5)
         for inputs, targets in loader:
@@ -92,15 +97,17 @@ class ESAM(torch.optim.Optimizer):
             are perturbed together, with one norm, and groups, state and checkpoints are those of all, one after
             another; a new group goes to the last.
     {options}
-        model: the model, if closures are written by hand: its buffers are kept from the extra passes.
+        model: the model, if closures are written by hand: its buffers are kept from the extra passes. Several networks
+            are given as one ``nn.ModuleList``.
         base_options: options of the base optimizer's class.
 
     Raises:
         ValueError: if a value is out of its range, a name of ``base_options`` is one of ESAM's, parameters are complex
             or not the base optimizer's, or the base optimizer maximizes or needs a closure for its own step.
-        TypeError: if ``base`` is no optimizer.
+        TypeError: if ``base`` is no optimizer, or ``model`` no module.
     """
 
+    @eager
     def __init__(
         self,
         params: Any,
@@ -109,6 +116,8 @@ class ESAM(torch.optim.Optimizer):
         model: nn.Module | None = None,
         **base_options: Any,
     ) -> None:
+        if not isinstance(model, nn.Module | None):
+            raise TypeError(f"model is {model!r}: give a module, and several networks as one nn.ModuleList")
         # Optimizer.__init__ is not called: it would make groups, state and hooks beside the base optimizer's.
         given = {name: base_options.pop(name) for name in OPTIONS if name in base_options}
         made, keys = make_base(params, base, base_options)
@@ -232,7 +241,7 @@ class ESAM(torch.optim.Optimizer):
                 "losses, and has no backward() or zero_grad() of its own"
             )
         self.base.zero_grad(set_to_none)
-        self._progress.has_gradient = False
+        self._progress.has_gradient = self._progress.restored = False
         if self._progress.ordinary is not None and set_to_none:
             self._progress.ordinary.forget()
 
@@ -248,10 +257,12 @@ class ESAM(torch.optim.Optimizer):
         Args:
             closure: ``closure(index)`` returns the losses of the batch's rows in ``index`` (int64, shape [k]; None:
                 all of them) with their graph: one per sample, shape [b], or (losses, weights) of shape [b] each, of
-                which weighted means are taken. ``batch_closure`` makes one. A list of closures is a list of
-                micro-batches, whose gradients add up to that of one batch. With ``gamma=1`` one loss will do, a
-                0-dimensional tensor, or a mapping or an object that has it as ``loss``, or a mapping of such tensors
-                alone, which are added; micro-batches then weigh alike, or by what comes with it as (loss, weight).
+                which weighted means are taken. ``batch_closure`` makes one, which knows how many rows it has; where
+                rows are drawn before a pass has told that, one written by hand costs a forward more. A list of
+                closures is a list of micro-batches, whose gradients add up to that of one batch. With ``gamma=1`` and
+                ``ascent_share=1`` one loss will do, a 0-dimensional tensor, or a mapping or an object that has it as
+                ``loss``, or a mapping of such tensors alone, which are added; micro-batches then weigh alike, or by
+                what comes with it as (loss, weight).
             grad_scaler: scales the losses; ``unscale_``, ``step`` and ``update`` are called on it as always.
 
         Returns:
@@ -290,15 +301,15 @@ class ESAM(torch.optim.Optimizer):
         Signals wait for the base optimizer, which would otherwise leave some weights updated and some not. An exception
         from another thread does not wait: where one may come, keep a checkpoint.
 
-        Trainers such as Lightning give a closure without an index, which runs hooks, also after ``backward``: then it
-        is called, and no more.
+        Trainers such as Lightning give a closure without an index, which runs hooks, also after ``backward`` or
+        ``restore``: then it is called, and no more.
 
         Returns:
             What ``backward`` returns, or what the first call of a closure without an index does, or None.
 
         Raises:
-            RuntimeError: if a closure without an index made no gradient, or a ``GradScaler`` calls this with a closure;
-                and where ``backward`` raises it.
+            RuntimeError: if a closure without an index made no gradient, a ``GradScaler`` calls this with a closure, or
+                a trainer has run a part of the step before; and where ``backward`` raises it.
             ValueError: if a closure without an index is given and gamma or ascent_share is not 1; and where
                 ``backward`` raises it.
         """
@@ -310,20 +321,22 @@ class ESAM(torch.optim.Optimizer):
             )
         loss = None
         if callable(closure) and _takes_no_index(closure):
-            if self._progress.has_gradient:
+            if self._progress.has_gradient or self._progress.restored:
                 closure()
             else:
+                check_closure_caller()
                 loss = self._run_ordinary(closure)
         elif closure is not None:
             loss = self.backward(closure)
-        elif not self._progress.has_gradient:
+        elif not (self._progress.has_gradient or self._progress.restored):
+            check_plain_caller()
             self._warn_of_plain_step()
 
         def work() -> None:  # nothing to undo, but signals come before the base optimizer's step, or after it
             copies = self._gradients_to_keep()
             self.base.step()
             keep_gradients(self.state, copies)
-            self._progress.has_gradient = False
+            self._progress.has_gradient = self._progress.restored = False
 
         Rollback().run(work)
         return loss
@@ -332,7 +345,7 @@ class ESAM(torch.optim.Optimizer):
         """The passes of an ordinary closure; what its first call returns."""
         rollback = Rollback()
         models = [self.model] if self.model is not None else self._progress.models.of(params_of(self.param_groups))
-        ordinary = OrdinaryClosure(closure, params_of(self.param_groups))
+        ordinary = OrdinaryClosure(closure, computation_in(closure), params_of(self.param_groups))
         step = self._make_step(rollback, models=models, ordinary=ordinary)
         check_ordinary(step)
         return self._run(step, "step()")
@@ -341,7 +354,8 @@ class ESAM(torch.optim.Optimizer):
         """Leave the gradient of the step in ``.grad``, or all as it was before; the loss of the first forward."""
 
         def work() -> Any:
-            step.rollback.undo_by(lambda: self._reset(step.number))
+            # The number and not the step, which holds the rollback: in a cycle the backups would outlive the step.
+            step.rollback.undo_by(partial(self._reset, step.number))
             self._progress.ordinary = step.ordinary
             self._progress.phase = phase
             if step.ordinary is None:
@@ -373,6 +387,8 @@ class ESAM(torch.optim.Optimizer):
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturb the weights by the gradients in ``.grad``, of which beta keeps a part.
 
+        This counts as a step, as ``backward`` does, whatever follows: the next one draws anew.
+
         Raises:
             ValueError: if gamma, interval, start, ascent, ascent_share or steering_dtype is set, none of which can
                 apply here.
@@ -396,12 +412,14 @@ class ESAM(torch.optim.Optimizer):
 
         def work() -> None:
             rollback.undo_by(lambda: setattr(self._progress, "perturbation", None))
+            rollback.undo_by(partial(self._set_step_count, step.number))
             weights = drawn(step)
             grads = [weight.param.grad for weight in weights]
             for weight, grad in zip(weights, grads):
                 check_gradient(weight, grad)
             self._progress.perturbation = moved = perturb(step, Ascent(weights, grads))
             step.model_state.forget_weight_copies()
+            self._set_step_count(step.number + 1)
             if zero_grad:
                 self.base.zero_grad()
             self._progress.last = LastStep(True, moved.norm, moved.weights)
@@ -416,7 +434,6 @@ class ESAM(torch.optim.Optimizer):
             RuntimeError: if ``first_step`` was not called before.
         """
         self.restore()
-        self._progress.has_gradient = True
         self.step()
         if zero_grad:
             self.zero_grad()
@@ -425,28 +442,23 @@ class ESAM(torch.optim.Optimizer):
     def restore(self) -> None:
         """Put the weights back after ``first_step`` without a step, bit for bit.
 
-        The step counts as made, as that of ``backward`` does, whether or not ``step`` follows: the next ``first_step``
-        draws anew. ``restore()`` and ``step()`` are ``second_step()`` in two, between which gradients can be unscaled.
+        ``restore()`` and ``step()`` are ``second_step()`` in two, between which gradients can be unscaled. Without a
+        step the next ``first_step`` draws anew all the same.
 
         Raises:
             RuntimeError: if ``first_step`` was not called before.
         """
         if self._progress.perturbation is None:
             raise RuntimeError("there is nothing to restore: call first_step() before second_step() or restore()")
-        perturbation, number, rollback = self._progress.perturbation, self._step_count, Rollback()
-
-        def not_yet() -> None:
-            self._progress.perturbation = perturbation
-            self._set_step_count(number)
+        perturbation = self._progress.perturbation
 
         def work() -> None:
-            rollback.undo_by(not_yet)
             perturbation.restore()
             self._model_state().forget_weight_copies()
             self._progress.perturbation = None
-            self._set_step_count(number + 1)
+            self._progress.restored = True
 
-        rollback.run(work)
+        Rollback().run(work)
 
     # What stands in the parameter groups.
 
@@ -510,9 +522,10 @@ class ESAM(torch.optim.Optimizer):
         return copy_gradients(params_of(groups), self.state)
 
     def _model_state(self, closures: Sequence[Closure] = (), models: Sequence[nn.Module | None] = ()) -> ModelState:
-        models = [self.model, *models, *(getattr(one, name, None) for one in closures for name in ("model", "loss_fn"))]
         # A closure written by hand may call anything its model.
-        return ModelState([model for model in models if isinstance(model, nn.Module)], params_of(self.param_groups))
+        behind = [getattr(one, name, None) for one in closures for name in ("model", "loss_fn")]
+        found = [module for one in (self.model, *models, *behind) for module in modules_behind(one)]
+        return ModelState(found, params_of(self.param_groups))
 
     def _warn_of_plain_step(self) -> None:
         # What does not move, as the step by which torch.distributed.checkpoint makes the state, means nothing else.
@@ -555,7 +568,8 @@ class ESAM(torch.optim.Optimizer):
 
 
 ESAM.__doc__ = (ESAM.__doc__ or "").replace("    {options}", options.documentation("        "))
-ESAM.__init__.__signature__ = options.signature(inspect.signature(ESAM.__init__))  # type: ignore[attr-defined]
+# Of the function in the decorator, where who unwraps it finds the options too, as the docs' builder does.
+inspect.unwrap(ESAM.__init__).__signature__ = options.signature(inspect.signature(ESAM.__init__))
 
 
 def _check_closures(closure: Closure | Sequence[Closure]) -> list[Closure]:

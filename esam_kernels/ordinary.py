@@ -15,8 +15,8 @@ class OrdinaryClosure:
     call before it begins without any, so that what it leaves is its own.
     """
 
-    def __init__(self, function: Callable[[], Any], params: Sequence[Tensor]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[[], Any], computation: Callable[[], Any], params: Sequence[Tensor]) -> None:
+        self._functions = {True: function, False: computation}  # for the last call, and for a call before it
         self.params = params
         self.returned: list[Any] = []  # by the first call
         self._before = [param.grad for param in params]
@@ -56,9 +56,9 @@ class OrdinaryClosure:
                 "optimizer.zero_grad(), and let it run all micro-batches of the step"
             )
 
-    def call(self) -> Any:
+    def call(self, last: bool) -> Any:
         """Call the function, and keep what its first call returns."""
-        result = self.function()
+        result = self._functions[last]()
         if not self.returned:
             self.returned.append(result)
         return result

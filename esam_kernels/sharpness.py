@@ -49,7 +49,7 @@ def plain_backward(step: Step) -> LastStep:
     for closure in batch_closures(step):
         closure.leave_weights()
     start.written.first_pass_has_run()
-    leave()
+    leave(step)
     return LastStep(False, rows=counts(step.closures, rows, losses), _at_weights=losses)
 
 
@@ -65,25 +65,21 @@ def sharp_backward(step: Step) -> LastStep:
     several = len(todo) > 1
     start = state.keep(step.rollback, step.findings, several)
     use_replicas = state.bypass_replicas(step.rollback, step.ordinary is not None) if several else None
-    watched = state.watch(step.findings)
-    put_back_buffers: Callable[[], None] | None = None  # to what the first of several forwards has left
+    put_back_first: Callable[[], None] | None = None  # what the first of several passes has left
 
     surveyed = []
     if "survey" in todo:
-        enter(step, "look")
+        enter(step, "survey")
         surveyed = look(step, start)
-        put_back_buffers = state.keep_buffers()
+        put_back_first = state.keep_first_pass(start)
     if "ascend" in todo:
         enter(step, "ascend")
         if surveyed:
             start.buffers()
         ascent = ascend_by_closure(step, step.ordinary) if step.ordinary else ascend(step, surveyed)
-        put_back_buffers = put_back_buffers or state.keep_buffers()
+        put_back_first = put_back_first or state.keep_first_pass(start)
     else:
         ascent = WITHOUT_PASS[settings.ascent](step)
-    if several:
-        start.written.first_pass_has_run()
-        watched()
     before = surveyed or (ascent.losses if settings.ascent_share == 1 else [])  # of all rows at w, if they are known
     for closure in batch_closures(step):
         closure.leave_weights()
@@ -107,15 +103,15 @@ def sharp_backward(step: Step) -> LastStep:
     else:
         descended = descend(step, rows, before, perturbation.norm)
     if not several:
-        start.written.first_pass_has_run(perturbed=True)
+        start.written.first_pass_has_run()
     for weight in step.weights:  # the drawn ones were checked in pass 1; what is refused must not depend on the draw
         check_gradient(weight, weight.param.grad)
     check_reached(step, ascent)
 
     restore(step, perturbation)
-    if put_back_buffers is not None:
-        put_back_buffers()
-    leave()
+    if put_back_first is not None:
+        put_back_first()
+    leave(step)
     return LastStep(
         True,
         perturbation.norm,

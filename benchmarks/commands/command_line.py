@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Collection, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,22 @@ import torch
 
 from esam_kernels.options import OPTIONS
 
-from ..measuring.environment import cpu_has_bf16_matrix_units
+from ..measuring.environment import cpu_has_bf16_matrix_units, environment
+from ..measuring.journal import PACKAGES, Journal, code_fingerprint
 from ..record import RESULTS
 from ..training import data
 from ..training.catalogue import IMAGE_WIDTHS, WIDTHS
 from ..training.run import Task
-from ..training.trainers import DTYPES, Settings
+from ..training.trainers import DTYPES, Settings, left_out
 
 # Where the defaults of options come from; --data and --model choose. Those for CIFAR-10 are the paper's.
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {"model": "small", "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4},
     "cifar10": {"model": "resnet18", "batch_size": 128, "lr": 0.05, "weight_decay": 1e-3},
+    "random": {"model": "small", "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4},
     "wrn28_10": {"rho": 0.1, "beta": 0.5},
 }
+SUBSTITUTES = {"sam": "sam-own"}  # for methods whose package is missing
 DISTANCES = (0.5, 1, 2, 4, 8)  # of which the rise of the loss is measured, in units of rho
 
 
@@ -31,6 +35,7 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--output", type=Path, default=RESULTS, metavar="FOLDER", help="default: benchmarks/results")
+    add("--restart", action="store_true", help="do not go on with what is in the output folder's journal")
     return parser
 
 
@@ -52,7 +57,7 @@ def make_parser(description: str, many: bool = False) -> argparse.ArgumentParser
     add("--lr", type=float, help=f"peak learning rate; default: {default}")
     add("--momentum", type=float, default=0.9, help="default: %(default)s")
     add("--weight-decay", type=float, help="default: 5e-4 for digits, 1e-3 for cifar10")
-    add_esam(parser, but=["interval"] if many else [])  # the parts of a step are those of a sharp one
+    add_esam(parser, but=["interval", "start"] if many else [])  # the parts of a step are those of a sharp one
     return parser
 
 
@@ -62,9 +67,10 @@ def add_esam(parser: argparse.ArgumentParser, but: Collection[str] = ()) -> None
         if name in ("seed", *but):
             continue
         others = [f", for {recipe} {values[name]}" for recipe, values in RECIPES.items() if name in values]
+        default = "what suits --ascent" if name == "rho" else option.default
         about: dict[str, Any] = {
             "default": option.default,
-            "help": f"ESAM: {option.meaning}; default: {option.default}{''.join(others)}".replace("%", "%%"),
+            "help": f"ESAM: {option.meaning}; default: {default}{''.join(others)}".replace("%", "%%"),
         }
         if option.kind is bool:
             about["action"] = argparse.BooleanOptionalAction
@@ -102,7 +108,11 @@ def parse(
         known = vars(parser.parse_known_args(argv)[0])
         recipe = RECIPES.get(known[choice], {}) | recipes.get(known[choice], {})
         parser.set_defaults(**{name: value for name, value in recipe.items() if name in known})
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    given = settings(args)
+    if args.rho is None:
+        args.rho = given.radius(given.esam)
+    return args
 
 
 def images(args: argparse.Namespace) -> data.ImageData:
@@ -127,6 +137,41 @@ def require_device(args: argparse.Namespace) -> None:
     """Raise a ValueError if the chosen device is not there."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU here; --device cpu needs none")
+
+
+def journal(args: argparse.Namespace, stem: str) -> Journal:
+    """The finished parts of a result, with which it goes on.
+
+    Raises:
+        ValueError: if they were measured elsewhere or by other code.
+    """
+    identity = environment() | {"code": code_fingerprint(*PACKAGES)}
+    return Journal(args.output / f"{stem}.jsonl", identity, args.restart)
+
+
+def draw(result: dict[str, Any], folder: Path, figures: Mapping[str, str]) -> list[str]:
+    """Draw the plots of a result, by their files' names those of ``report.plots``; the files that were written."""
+    if find_spec("matplotlib") is None:
+        print("No plots: the package matplotlib is not installed. Where it is, python -m benchmarks report draws them.")
+        return []
+    from ..report import plots
+
+    for file, name in figures.items():
+        getattr(plots, name)(result, folder / file)
+    return list(figures)
+
+
+def without_left_out(parser: argparse.ArgumentParser, args: argparse.Namespace, option: str, default: bool) -> None:
+    """Take out of an option's methods those that cannot be trained here, and keep in ``args.left_out`` why.
+
+    SAM of this package takes the place of the one that is missing. What was asked for by name is refused instead.
+    """
+    names: list[str] = getattr(args, option)
+    args.left_out = left_out(names, getattr(args, "base", "sgd"))
+    if args.left_out and not default:
+        parser.error("; ".join(f"--{option} {name}: {why}" for name, why in args.left_out.items()))
+    here = [SUBSTITUTES.get(name, "") if name in args.left_out else name for name in names]
+    setattr(args, option, list(dict.fromkeys(filter(None, here))))
 
 
 def check_training(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -160,7 +205,8 @@ def settings(args: argparse.Namespace, seed: int = 0, **changed: Any) -> Setting
     """The optimizers' options, with those of ESAM that are given here instead of the command line's."""
     esam = {name: getattr(args, name) for name in OPTIONS if hasattr(args, name)} | {"seed": seed} | changed
     amp = DTYPES.get(getattr(args, "amp", ""))  # some benchmarks have no such option
-    return Settings(args.lr, args.momentum, args.weight_decay, esam, amp)
+    base = getattr(args, "base", "sgd")
+    return Settings(args.lr, args.momentum, args.weight_decay, esam, amp, base=base)
 
 
 def task(args: argparse.Namespace, images: data.ImageData) -> Task:

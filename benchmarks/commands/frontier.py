@@ -14,26 +14,27 @@ labels late, it has a control that stops early: a fifth of the epochs.
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import chain, groupby, islice, repeat
 from statistics import mean
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm, trange
 
 from .. import record
 from ..measuring.clock import ratio, spread, turn
 from ..measuring.environment import environment
 from ..measuring.journal import PACKAGES, Journal, code_fingerprint
-from ..report import plots, tables
+from ..measuring.progress import Progress, following
+from ..report import tables
 from ..report.tables import PANELS
 from ..training.data import ImageData
 from ..training.landscape import TOLERANCE
 from ..training.methods import METHODS
 from ..training.run import Run
+from ..training.trainers import set_step
 from . import command_line
 from .refusals import refusals
 
@@ -51,6 +52,20 @@ CONFIGURATIONS = (
     "esam-random",
     "esam-loss",
     "sgd-short",
+    "momentum",
+    "previous",
+    "share-quarter",
+    "share-half",
+    "sam-tail0.2",
+    "sam-tail0.5",
+    "esam-tail0.2",
+    "esam-tail0.5",
+    "sam-interval5",
+    "momentum-then-sam",
+    "momentum-random",
+    "nesterov",
+    "momentum-plus",
+    "random-direction",
     "sgd-bf16",
     "esam-bf16",
     "esam-random-bf16",
@@ -68,6 +83,7 @@ CONFIGURATIONS = (
     "sam-twice-rho",
     "sam-interval2",
 )
+MORE = ("sam-own", "sam-foreach")  # if asked for: the same as SAM
 CORE = ["sgd", "sam", "esam", "esam-random", "esam-loss"]
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {"width": 32, "epochs": 50, "label_noise": 0.2, "rho": 0.2},
@@ -130,17 +146,23 @@ class Sweep:
         """What a run gave; None if it is still to be made."""
         return self.journal.get(self._run_key(planned))
 
-    def run(self, deadline: float) -> None:
-        """Make the runs that are still to be made, up to the first that is not expected to end by the deadline."""
+    def run(self, deadline: float, finished: Callable[["Sweep"], object] = lambda _: None) -> None:
+        """Make the runs that are still to be made, up to the first that is not expected to end by the deadline.
+
+        Args:
+            deadline: in seconds of ``perf_counter``.
+            finished: called after each run.
+        """
         missing = [planned for planned in self.plan() if self.result(planned) is None]
-        with tqdm(total=self.steps * sum(planned.epochs for planned in missing), unit="step") as progress:
-            for planned in missing:
-                if self.result(planned) is not None:
-                    continue  # the options make two configurations the same
-                if perf_counter() + self.expected_seconds(planned) > deadline:
-                    return
-                progress.set_description(f"seed {planned.seed}, {METHODS[planned.configuration].label}")
-                self.journal.add(self._run_key(planned), self._train(planned, progress))
+        progress = Progress(self.steps * sum(planned.epochs for planned in missing), unit="step")
+        for planned in missing:
+            if self.result(planned) is not None:
+                continue  # the options make two configurations the same
+            if perf_counter() + self.expected_seconds(planned) > deadline:
+                return
+            progress.describe(f"seed {planned.seed}, {METHODS[planned.configuration].label}")
+            self.journal.add(self._run_key(planned), self._train(planned, progress))
+            finished(self)
 
     def expected_seconds(self, planned: Planned) -> float:
         """How long a run takes if it is like the slowest so far.
@@ -157,7 +179,7 @@ class Sweep:
         per_step = self.calibration["steps"][planned.configuration]["seconds_per_step"]["median"]
         return self.steps * planned.epochs * per_step
 
-    def _train(self, planned: Planned, progress: tqdm) -> dict[str, Any]:
+    def _train(self, planned: Planned, progress: Progress) -> dict[str, Any]:
         start = perf_counter()
         run = Run(planned.configuration, command_line.settings(self.args, planned.seed), planned.epochs, self.task)
         for _ in range(planned.epochs):
@@ -191,7 +213,8 @@ class Sweep:
 def calibrate(images: ImageData, args: argparse.Namespace) -> dict[str, Any]:
     """How long a step of each configuration takes, and what a run needs besides.
 
-    In every round each takes a turn, in the order of ``clock.turn``; it is a whole number of every interval.
+    In every round each takes a turn, in the order of ``clock.turn``. It is a whole number of every method's cycle, and
+    for a method that is sharpness-aware in a share of the training it is like the whole of it.
 
     Returns:
         ``steps``: for each configuration the seconds of a step, with its batch's preparation, and their ratio to SGD's,
@@ -203,14 +226,16 @@ def calibrate(images: ImageData, args: argparse.Namespace) -> dict[str, Any]:
     untrained.accuracy()
     untrained.sharpness()
     seconds_besides = perf_counter() - start
-    runs = {name: Run(name, settings, 1, task) for name in args.configurations}
+    cycle = math.lcm(*(math.lcm(settings.esam["interval"], METHODS[name].cycle) for name in args.configurations))
+    steps = cycle * math.ceil(TURN / cycle)
+    runs = {name: Run(name, replace(settings, steps=steps), 1, task) for name in args.configurations}
     batches = {name: endless_batches(run, args.batch_size) for name, run in runs.items()}
-    interval = math.lcm(*(settings.by(METHODS[name]).esam["interval"] for name in runs))
-    steps = interval * math.ceil(TURN / interval)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in trange(WARM_UP + args.rounds, desc="calibration", unit="round", leave=False):
+    for number in following(range(WARM_UP + args.rounds), WARM_UP + args.rounds, "calibration"):
         for name in [list(runs)[i] for i in turn(len(runs), number)]:
             run = runs[name]
+            if METHODS[name].late_share < 1:
+                set_step(run.trainer, 0)
             run.stopwatch.mark()
             for inputs, targets in islice(batches[name], steps):
                 run.trainer.step(inputs, targets)
@@ -310,7 +335,13 @@ def make_parser() -> argparse.ArgumentParser:
     """The command_line."""
     parser = command_line.make_training_parser(__doc__ or "")
     add = parser.add_argument
-    add("--configurations", nargs="+", choices=CONFIGURATIONS, metavar="NAME", help=f"of {', '.join(CONFIGURATIONS)}")
+    add(
+        "--configurations",
+        nargs="+",
+        choices=(*CONFIGURATIONS, *MORE),
+        metavar="NAME",
+        help=f"of {', '.join((*CONFIGURATIONS, *MORE))}",
+    )
     add("--rounds", type=int, default=8, help="of the calibration, at which all take turns; default: %(default)s")
     add(
         "--time-budget",
@@ -320,14 +351,14 @@ def make_parser() -> argparse.ArgumentParser:
         "end within it; the same command goes on from there",
     )
     add("--quick", action="store_true", help="few configurations and seeds: the digits in two minutes")
-    add("--restart", action="store_true", help="do not go on with the runs that are in the output folder's journal")
     return parser
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked."""
     parser = make_parser()
-    quick = QUICK if parser.parse_known_args(argv)[0].quick else {}
+    asked = parser.parse_known_args(argv)[0]
+    quick = QUICK if asked.quick else {}
     args = command_line.parse(parser, argv, {name: recipe | quick for name, recipe in RECIPES.items()})
     if args.configurations is None:
         args.configurations = list(CONFIGURATIONS)
@@ -336,6 +367,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if "sgd" not in args.configurations:
         parser.error("--configurations lacks sgd, which all are compared with")
     command_line.check_training(parser, args)
+    command_line.without_left_out(parser, args, "configurations", default=asked.configurations is None)
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: at least 1 is needed")
     return args
@@ -353,12 +385,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         identity = here | {"code": code_fingerprint(*PACKAGES)}
         journal = Journal(args.output / f"{stem}.jsonl", identity, args.restart)
     sweep = Sweep(images, args, journal)
-    sweep.run(math.inf if args.time_budget is None else started + args.time_budget)
-    result = record.header("frontier", images.label, args) | {"environment": here} | summarize(sweep)
-    record.save(result, args.output, stem)
-    plots.frontier(result, args.output / f"{stem}.svg")
+    header = record.header("frontier", images.label, args) | {"environment": here}
+    header["left_out"] = args.left_out
+
+    def save(sweep: Sweep) -> dict[str, Any]:
+        result = header | summarize(sweep)
+        record.save(result, args.output, stem)
+        return result
+
+    sweep.run(math.inf if args.time_budget is None else started + args.time_budget, save)
+    result = save(sweep)
+    written = [f"{stem}.json", *command_line.draw(result, args.output, {f"{stem}.svg": "frontier"})]
     print(tables.frontier(result))
-    print(f"\nWritten to {args.output}: {stem}.json, {stem}.svg; {journal.path.name} holds the single runs")
+    print(f"\nWritten to {args.output}: {', '.join(written)}; {journal.path.name} holds the single runs")
     if result["runs"]["finished"] < result["runs"]["planned"]:
         command = "the same command without --restart" if args.restart else "the same command"
         print(

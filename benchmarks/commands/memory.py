@@ -9,23 +9,24 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from esam_kernels import ops
 from esam_kernels.passes.draw import draw_tensors
 
 from .. import record
 from ..measuring.clock import peak_memory
+from ..measuring.progress import Progress
 from ..report import tables
 from ..training import models
 from ..training.methods import METHODS, Method
-from ..training.trainers import Settings, trainer
+from ..training.trainers import Settings, left_out, trainer
 from . import command_line
 from .refusals import refusals
 
@@ -54,15 +55,18 @@ def _mlp(*widths: int) -> nn.Module:
 
 
 CASES = {
+    "tiny": Case("MLP of 2 layers of width 16", lambda: _mlp(48, 16, 10), (8, 3, 4, 4)),
     "resnet18": Case("ResNet-18 of width 32", lambda: models.build("resnet18", width=32), (64, 3, 32, 32)),
     "mlp": Case("MLP of 12 layers of width 1024", lambda: _mlp(3072, *[1024] * 11, 10), (64, 3, 32, 32)),
 }
 
 
+LARGE = ["resnet18", "mlp"]
 ROWS = (
     "sgd",
     "sgd-4-micro-batches",
     "sam",
+    "sam-foreach",
     "esam",
     "esam-gamma1",
     "esam-gamma0.25",
@@ -73,6 +77,10 @@ ROWS = (
     "esam-element",
     "esam-loss",
     "esam-interval2",
+    "momentum",
+    "previous",
+    "share-quarter",
+    "share-half",
     "esam-bf16",
     "esam-4-micro-batches",
     "esam-4-micro-batches-over-all",
@@ -94,7 +102,7 @@ def measure(case: Case, name: str, settings: Settings, device: torch.device) -> 
 
         peak = peak_memory(device, work)
     method, weights = METHODS[name], list(case.make().parameters())
-    floor = None if method.trainer in ("sgd", "sgd-accumulated") else drawn_bytes(weights, method, settings)
+    floor = drawn_bytes(weights, method, settings) if method.has_radius else None
     return {"peak_bytes": peak, "backup_bytes": max(sizes[1:], default=None), "floor_bytes": floor}
 
 
@@ -115,7 +123,7 @@ def backups() -> Iterator[list[int]]:
 def drawn_bytes(params: Sequence[Tensor], method: Method, settings: Settings) -> int:
     """Bytes of one copy of what is perturbed beside momentum, in the step with most: for single elements expected."""
     esam = settings.by(method).esam
-    beta = 1.0 if method.trainer == "sam" else esam["beta"]
+    beta = 1.0 if method.trainer != "esam" else esam["beta"]
     if esam["granularity"] == "element":
         return round(beta * sum(param.nbytes for param in params))
     counted = range(esam["interval"], STEPS, esam["interval"])
@@ -126,7 +134,7 @@ def drawn_bytes(params: Sequence[Tensor], method: Method, settings: Settings) ->
 def make_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = command_line.base_parser(__doc__ or "")
-    parser.add_argument("--models", nargs="+", choices=CASES, default=[*CASES], help="default: all")
+    parser.add_argument("--models", nargs="+", choices=CASES, default=LARGE, help="default: all but tiny")
     command_line.add_esam(parser)
     parser.set_defaults(**SGD)
     return parser
@@ -136,24 +144,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure every option on every model, write the result and print the tables."""
     args = make_parser().parse_args(argv)
     settings = command_line.settings(args)
+    missing = left_out(ROWS)
+    names = [name for name in ROWS if name not in missing]
+    stem = f"memory_{args.device}"
     with refusals(make_parser()):
         command_line.require_device(args)
-        for name in ROWS:
+        for name in names:
             trainer(name, nn.Linear(1, 1), settings, torch.device("cpu"))
+        journal = command_line.journal(args, stem)
     result = record.header("memory", "random images", args)
     result["settings"]["steps"] = STEPS
-    result["cases"] = {}
-    with tqdm(total=len(args.models) * len(ROWS)) as progress:
-        for name in args.models:
-            case, rows = CASES[name], {}
-            for row in ROWS:
-                label = METHODS[row].label
-                progress.set_description(f"{name}, {label}")
-                rows[label] = measure(case, row, settings, torch.device(args.device))
-                progress.update()
-            with torch.device("meta"):
-                weights = sum(param.nbytes for param in case.make().parameters())
-            about = {"label": case.label, "batch_size": case.batch[0], "weight_bytes": weights}
-            result["cases"][name] = {**about, "rows": rows}
-    record.save(result, args.output, f"memory_{args.device}")
+    result |= {"left_out": missing, "cases": {}}
+    shared = {name: value for name, value in record.as_json(args).items() if name != "models"}
+    progress = Progress(len(args.models) * len(names), unit="row")
+    for model in args.models:
+        case = CASES[model]
+        rows: dict[str, dict[str, int | None]] = {}
+        with torch.device("meta"):
+            weights = sum(param.nbytes for param in case.make().parameters())
+        about = {"label": case.label, "batch_size": case.batch[0], "weight_bytes": weights}
+        result["cases"][model] = {**about, "rows": rows}
+        for name in names:
+            label = METHODS[name].label
+            progress.describe(f"{model}, {label}")
+            key = {**shared, "model": model, "row": name}
+            rows[label] = journal.once(key, partial(measure, case, name, settings, torch.device(args.device)))
+            record.save(result, args.output, stem)
+            progress.update()
     print(tables.memory(result))

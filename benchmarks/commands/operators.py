@@ -4,6 +4,7 @@ How it is measured stands in docs/benchmarks.md. ``pytest benchmarks/commands/op
 side alone, to compare two commits.
 """
 
+import argparse
 import random
 import statistics
 import time
@@ -14,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from esam_kernels import ops
 from esam_kernels.ops import ElementMask, reference
 
 from .. import record
 from ..measuring.environment import environment
+from ..measuring.progress import following
 from ..report import tables
 from . import command_line
 from .refusals import refusals
@@ -256,11 +257,27 @@ def a_large_copy(device: str) -> tuple[int, Callable[[], Any]]:
     return 2 * source.nbytes, lambda: target.copy_(source)
 
 
-def measure(case: Case, device: str, repeats: int) -> dict[str, Any]:
-    """Medians of all rivals and of a large copy, which run in turns."""
+def other_backends(device: str) -> list[str]:
+    """The fast backends that serve the device beside the one that is chosen there."""
+    zero = torch.zeros(1, device=device)
+    found: list[str] = []
+    chosen = ops.explain(zero).partition(";")[0]
+    for name in ("triton", "native") if device == "cuda" else ("native",):  # Triton's interpreter is no rival
+        with ops.use_backend(name):
+            if name != chosen and ops.explain(zero).partition(";")[0] == name:
+                found.append(name)
+    return found
+
+
+def measure(case: Case, device: str, repeats: int, compiles: bool = True) -> dict[str, Any]:
+    """Medians of all rivals, of our other backends and of a large copy, which run in turns."""
     moved, rivals = case
     copied, copy = a_large_copy(device)
     calls = {"copy": copy} | {who: call for who, call in rivals.items() if call is not None}
+    if not compiles:
+        calls.pop("torch.compile", None)
+    for name in other_backends(device):
+        calls[f"our {name}"] = ops.use_backend(name)(calls["esam_kernels"])
     for call in calls.values():
         call()  # compiles
     times: dict[str, list[tuple[float, float]]] = {who: [] for who in calls}
@@ -289,22 +306,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure every operator, write the result and print the tables."""
     parser = command_line.base_parser(__doc__ or "")
     parser.add_argument("--models", nargs="+", choices=MODELS, help="default: ResNet-18, on a GPU all")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure torch.compile, which takes its time",
+    )
     parser.add_argument("--repeats", type=int, help="rounds; default: 11, on a GPU 50")
     on_gpu = parser.parse_known_args(argv)[0].device == "cuda"
     parser.set_defaults(models=[*MODELS] if on_gpu else ["ResNet-18"], repeats=50 if on_gpu else 11)
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error("--repeats must be at least 1")
+    stem = f"operators_{args.device}"
     with refusals(parser):
         command_line.require_device(args)
+        journal = command_line.journal(args, stem)
     result = record.header("operators", "random tensors", args)
     result |= {"backend": ops.explain(torch.zeros(1, device=args.device)), "operators": []}
-    progress = tqdm(list(cases(args.device, args.models)))
-    for operator, subject, make in progress:
-        progress.set_description(f"{operator}, {subject}")
-        row = measure(make(), args.device, args.repeats)
-        result["operators"].append({"operator": operator, "on": subject, **row})
-    record.save(result, args.output, f"operators_{args.device}")
+    shared = {name: value for name, value in record.as_json(args).items() if name != "models"}
+    todo = list(cases(args.device, args.models))
+    for operator, subject, make in following(todo, len(todo), "operators", "row"):
+        about = {"operator": operator, "on": subject}
+
+        def measured(make: Callable[[], Case] = make) -> dict[str, Any]:
+            return measure(make(), args.device, args.repeats, args.compile)
+
+        row = journal.once({**shared, **about}, measured)
+        result["operators"].append({**about, **row})
+        record.save(result, args.output, stem)
     print(tables.operators(result))
 
 

@@ -15,12 +15,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from tqdm import trange
 
 from esam_kernels import ops
 from esam_kernels.passes import perturb
 
 from .. import record
+from ..measuring.progress import Progress
 from ..report import tables
 from ..training import data
 from ..training.losses import per_sample_loss
@@ -169,11 +169,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in plan:
             settings = command_line.settings(args, rho=row.rho)
             trainer(row.method, nn.Linear(1, 1), settings, torch.device("cpu"))
+        stem = f"rounding_{args.device}"
+        journal = command_line.journal(args, stem)
     result = record.header("rounding", images.label, args)  # of the code that is about to run
     runs: dict[str, list[dict[str, float] | None]] = {row.label: [] for row in plan}
-    for seed in trange(args.seeds, unit="seed"):
+    shared = {name: value for name, value in record.as_json(args).items() if name not in ("seeds", "rho")}
+    progress = Progress(args.seeds * len(plan), "rounding", "run")
+    for seed in range(args.seeds):
         for row in plan:
-            runs[row.label].append(train(row, seed, images, args))
-    result |= {"rows": {label: summarize(found) for label, found in runs.items()}, "runs": runs}
-    record.save(result, args.output, f"rounding_{args.device}")
+            key = {**shared, "row": row._asdict(), "seed": seed}
+            # In a list, since a run that diverges is None.
+            runs[row.label] += journal.once(key, lambda row=row, seed=seed: [train(row, seed, images, args)])  # type: ignore[misc]
+            rows = {label: summarize(found) for label, found in runs.items() if found}
+            result |= {"rows": rows, "runs": runs}
+            record.save(result, args.output, stem)
+            progress.update()
     print(tables.rounding(result))

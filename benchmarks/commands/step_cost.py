@@ -23,7 +23,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from itertools import chain
 from itertools import count as naturals
 from pathlib import Path
@@ -34,21 +33,22 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from esam_kernels import ops, options, sharpness
 from esam_kernels.model_state import ModelState
-from esam_kernels.options import OPTIONS, STEP
+from esam_kernels.options import OPTIONS
 from esam_kernels.passes.draw import draw_tensors
 
 from .. import record
 from ..measuring.clock import Stopwatch, ratio, spread, turn
+from ..measuring.journal import Journal
+from ..measuring.progress import following
 from ..report import tables
-from ..training import authors, data, models
+from ..training import authors, data, models, trainers
 from ..training.catalogue import LANGUAGE_WIDTHS
 from ..training.losses import mean_loss, per_sample_loss, per_sequence_loss
 from ..training.methods import METHODS
-from ..training.trainers import DTYPES, ESAMTrainer, Trainer, trainer
+from ..training.trainers import DTYPES, ESAMTrainer, Trainer, set_step, trainer
 from . import command_line
 from .refusals import refusals
 
@@ -64,6 +64,14 @@ TIMED = (
     "sgd-again",
     "sam",
     "sam-davda54",
+    "sam-foreach",
+    "sam-own",
+    "momentum",
+    "momentum-random",
+    "previous",
+    "share-quarter",
+    "share-half",
+    "sam-tail0.2",
     "esam",
     "esam-bf16",
     "esam-gamma1",
@@ -76,6 +84,7 @@ TIMED = (
     "esam-reference",
     "esam-authors",
 )
+OF_THE_JOB = ("rounds", "time_budget", "if_possible")  # options that say nothing of what is measured
 FORMER_NAMES = {"esam-gamma": "esam-gamma1", "esam-beta": "esam-beta1", "esam-interval": "esam-interval2"}
 ALWAYS = ("sgd", "sgd-again", "esam")
 BACKENDS = ("triton", "native", "reference")
@@ -188,15 +197,10 @@ def agreement(one: ESAMTrainer, inputs: Tensor, targets: Tensor, step: int) -> t
             group["steering_dtype"] = name
             set_step(one, step)
             one.optimizer.backward(one.closure(inputs, targets))
+            one.optimizer.zero_grad()  # no step is taken with it
     group["steering_dtype"] = own
     exact, steered = directions
     return nn.functional.cosine_similarity(exact, steered, dim=0).item(), torch.isin(*chosen).double().mean().item()
-
-
-def set_step(one: ESAMTrainer, number: int) -> None:
-    """Let the step that ESAM takes next be that of this number, on which its draws depend."""
-    for group in one.optimizer.param_groups:
-        group[STEP] = number
 
 
 # The floor under ESAM's step.
@@ -207,12 +211,15 @@ def floor_of_step(bare: Trainer, inputs: Tensor, targets: Tensor, weights: list[
     settings = options.Settings(**{name: bare.settings.esam[name] for name in SHARED})
     steering = settings.steering_dtype and torch.autocast(inputs.device.type, getattr(torch, settings.steering_dtype))
     bare.optimizer.zero_grad()
-    with steering or nullcontext():
-        losses = bare.loss_fn(bare.model(inputs), targets)
-    torch.autograd.grad(bare.scaler.scale(mean_loss(losses)), weights)
-    if "look" in sharpness.passes(settings):
-        with torch.no_grad(), steering or nullcontext():
-            bare.loss_fn(bare.model(inputs), targets)
+    for name in sharpness.passes(settings):
+        if name in ("survey", "look"):
+            with torch.no_grad(), steering or nullcontext():
+                bare.loss_fn(bare.model(inputs), targets)
+        elif name == "ascend":
+            rows = options.count_of(settings.ascent_share, len(targets))
+            with steering or nullcontext():
+                losses = bare.loss_fn(bare.model(inputs[:rows]), targets[:rows])
+            torch.autograd.grad(bare.scaler.scale(mean_loss(losses)), weights)
     size = options.count_of(settings.gamma, len(targets))
     bare.backward(inputs[:size], targets[:size])
     bare.base_step()
@@ -256,7 +263,7 @@ def prepare(cases: Sequence[argparse.Namespace]) -> list[data.ImageData | data.T
             optimizer the options, or the data are not to be had.
     """
     command_line.prepare(cases[0])
-    for name in cases[0].methods or ():
+    for name in () if cases[0].if_possible else cases[0].methods or ():
         if all(name in left_out(args) for args in cases):
             raise ValueError(f"--methods {name}: {left_out(cases[0])[name]}")
     for args in cases:
@@ -288,8 +295,7 @@ def left_out(args: argparse.Namespace) -> dict[str, str]:
     """The methods that make no sense in a case, and why."""
     of_precision = [name for name in TIMED if METHODS[name].compares_precision]
     why = dict.fromkeys(of_precision, "--amp sets the precision of all passes") if args.amp else {}
-    if find_spec("pytorch_optimizer") is None:
-        why["sam"] = "the package pytorch_optimizer is not installed"
+    why |= trainers.left_out(TIMED)
     if args.authors_code is None:
         why["esam-authors"] = "--authors-code says where it is"
     elif args.model in LANGUAGE_WIDTHS:
@@ -331,9 +337,10 @@ def measure(
     initial = build(args, settings.seed).to(device, memory_format=command_line.memory_format(args))  # type: ignore[call-overload]
 
     def start(name: str) -> Trainer:
-        return trainer(name, deepcopy(initial), settings, device, loss_fn)
+        own = replace(settings, steps=METHODS[name].cycle)
+        return trainer(name, deepcopy(initial), own, device, loss_fn)
 
-    trainers, in_parts, at_floor = {name: start(name) for name in names}, start("esam"), start("sgd")
+    timed, in_parts, at_floor = {name: start(name) for name in names}, start("esam"), start("sgd")
     assert isinstance(in_parts, ESAMTrainer)
     stopwatch = Stopwatch(device)
     rounds: dict[str, dict[str, list[float]]] = {"methods": {}, "parts": {}, "sums": {}}
@@ -346,19 +353,19 @@ def measure(
             stopwatch.lead(work)
 
     def time_method(name: str) -> None:
-        one = trainers[name]
+        one, cycle = timed[name], METHODS[name].cycle
 
         def steps() -> None:
-            if isinstance(one, ESAMTrainer):  # whatever it has taken before, its draws are those of the round
-                set_step(one, number * one.settings.esam["interval"])
-            for _ in range(one.settings.esam["interval"]):  # all kinds of steps that it takes
+            # Whatever it has taken before, its draws are those of the round; a tail is one of the cycle.
+            set_step(one, number * cycle if METHODS[name].late_share == 1 else 0)
+            for _ in range(cycle):  # all kinds of steps that it takes
                 losses[name] = one.step(inputs, targets)
 
         lead(steps)
         stopwatch.mark()
         steps()
         stopwatch.mark()
-        visits["methods", name].append(stopwatch.laps()[0] / one.settings.esam["interval"])
+        visits["methods", name].append(stopwatch.laps()[0] / cycle)
 
     def time_parts() -> None:
         set_step(in_parts, number)
@@ -391,7 +398,8 @@ def measure(
     generator = torch.Generator(device).manual_seed(settings.seed)
     epochs = (batches.train_batches(args.batch_size, generator) for _ in naturals())
     longest = 0.0
-    progress = tqdm(range(WARM_UP + args.rounds), f"{args.model}, batch {args.batch_size}", unit="round")
+    count = WARM_UP + args.rounds
+    progress = following(range(count), count, f"{args.model}, batch {args.batch_size}")
     for number, (inputs, targets) in zip(progress, chain.from_iterable(epochs)):
         begin = perf_counter()
         if number > WARM_UP and begin + longest > deadline:
@@ -400,27 +408,27 @@ def measure(
         take_turns(work, number)
         for (kind, name), seconds in visits.items():
             rounds[kind].setdefault(name, []).append(median(seconds))
-        if settings.amp is None and number < WARM_UP + AGREEMENTS:
+        if settings.amp is None and settings.esam["ascent"] == "gradient" and number < WARM_UP + AGREEMENTS:
             agreements.append(agreement(in_parts, inputs, targets, number))
         longest = perf_counter() - begin if number < WARM_UP else max(longest, perf_counter() - begin)
-    require_finite(trainers | {"the parts of ESAM's step": in_parts, "the floor of ESAM's step": at_floor}, losses)
+    require_finite(timed | {"the parts of ESAM's step": in_parts, "the floor of ESAM's step": at_floor}, losses)
     counted = slice(WARM_UP, None)
     measured = {kind: {name: seconds[counted] for name, seconds in found.items()} for kind, found in rounds.items()}
     methods = {name: measured["methods"][name] for name in names}
     return measured | {"methods": methods, "agreements": agreements[counted]}
 
 
-def require_finite(trainers: Mapping[str, Trainer], losses: Mapping[str, Tensor]) -> None:
+def require_finite(timed: Mapping[str, Trainer], losses: Mapping[str, Tensor]) -> None:
     """Refuse what was measured on networks that have diverged: arithmetic on NaN is no training.
 
     Args:
-        trainers: by name.
+        timed: by name.
         losses: the last one of those that have one.
 
     Raises:
         FloatingPointError: if a loss or a weight is not finite.
     """
-    for name, one in trainers.items():
+    for name, one in timed.items():
         tensors = [*one.model.parameters(), *([losses[name]] if name in losses else [])]
         if not all(tensor.isfinite().all() for tensor in tensors):
             raise FloatingPointError(
@@ -467,6 +475,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = command_line.make_parser(__doc__ or "", many=True)
     add = parser.add_argument
     add("--methods", nargs="+", type=current_name, choices=TIMED, help=f"beside {', '.join(ALWAYS)}; default: all")
+    add("--if-possible", action="store_true", help="leave out of --methods what cannot be measured, and say why")
     add("--amp", choices=DTYPES, help="train under autocast; fp16 with a GradScaler")
     add("--image-size", type=int, default=32, help="pixels; default: 32, for vit_s on a GPU 224")
     add("--patch-size", type=int, default=4, help="of vit_s, pixels; default: 4, on a GPU 16")
@@ -519,15 +528,25 @@ def parse_args(argv: Sequence[str] | None) -> tuple[float, list[argparse.Namespa
     return TIME_BUDGET[scale] if asked.time_budget is None else asked.time_budget, cases
 
 
-def run(args: argparse.Namespace, batches: data.ImageData | data.TokenData, deadline: float) -> None:
-    """Measure a case, write its result and print its tables."""
+def run(args: argparse.Namespace, batches: data.ImageData | data.TokenData, deadline: float, journal: Journal) -> None:
+    """Measure a case unless it is in the journal, write its result and print its tables."""
     names, missing = rows(args)
-    result = record.header("step_cost", batches.label, args)  # of the code that is about to run
-    result |= {"backend": serving_backend(args.device), "left_out": missing}
-    result |= summarize(measure(args, batches, names, deadline))
+
+    def result_of_case() -> dict[str, Any]:
+        result = record.header("step_cost", batches.label, args)  # of the code that is about to run
+        result |= {"backend": serving_backend(args.device), "left_out": missing}
+        return result | summarize(measure(args, batches, names, deadline))
+
+    result = journal.once(case_key(args), result_of_case)
     amp = f"_{args.amp}" if args.amp else ""
     record.save(result, args.output, f"step_cost_{args.device}_{args.model}_b{args.batch_size}{amp}")
     print(tables.step_cost(result), end="\n\n")
+
+
+def case_key(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides what is measured in a case."""
+    key = {name: value for name, value in record.as_json(args).items() if name not in OF_THE_JOB}
+    return key | {"authors_code": args.authors_code is not None}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -540,17 +559,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     budget, cases = parse_args(argv)
     with refusals(make_parser()):
         batches = prepare(cases)
+        journal = command_line.journal(cases[0], f"step_cost_{cases[0].device}")
     skipped: list[str] = []
     failed: list[str] = []
     for i, args in enumerate(cases):
         subject = f"{args.model}, batch {args.batch_size}"
         gc.collect()  # under autocast a model and its forward refer to each other, and keep the last case's memory
         begin, end = perf_counter(), started + budget
-        if i > 0 and begin > end:
+        if i > 0 and begin > end and journal.get(case_key(args)) is None:
             skipped.append(f"{subject}: left out, since the time budget of {budget:g} seconds was used up")
             continue
         try:
-            run(args, batches[i], begin + (end - begin) / (len(cases) - i))  # a share of what earlier cases have left
+            run(
+                args, batches[i], begin + (end - begin) / (len(cases) - i), journal
+            )  # a share of what earlier cases have left
         except torch.OutOfMemoryError:
             skipped.append(f"{subject}: left out, since it takes more memory than the device has")
         except FloatingPointError as error:

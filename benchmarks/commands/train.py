@@ -6,16 +6,17 @@ of the machine meets all of them. A step's time includes the preparation of its 
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import mean, stdev
 from time import perf_counter
 from typing import Any
 
-from tqdm import tqdm
-
 from .. import record
 from ..measuring.clock import peak_memory, ratio, spread, turn
-from ..report import plots, tables
+from ..measuring.journal import Journal
+from ..measuring.progress import Progress
+from ..report import tables
 from ..training.data import ImageData
 from ..training.landscape import TOLERANCE
 from ..training.methods import METHODS
@@ -25,6 +26,7 @@ from . import command_line
 from .refusals import refusals
 
 TRAINED = ("sgd", "sam", "esam", "esam-bf16", "sgd-bf16")
+MORE = ("sam-own", "sam-foreach", "momentum", "previous", "share-quarter", "sam-tail0.2", "nesterov")  # if asked for
 
 Curves = dict[str, list[list[dict[str, Any]]]]  # for each method, for each seed, for each epoch
 Sharpness = dict[str, list[dict[str, Any]]]  # for each method, for each seed that was finished and did not diverge
@@ -41,11 +43,24 @@ def memory_of(name: str, task: Task, settings: Settings) -> int:
     return peak_memory(task.device, two_steps)
 
 
-def train(images: ImageData, args: argparse.Namespace, deadline: float) -> tuple[Curves, Sharpness]:
+def train(
+    images: ImageData,
+    args: argparse.Namespace,
+    deadline: float,
+    journal: Journal | None = None,
+    seen: Callable[[Curves, Sharpness], None] = lambda *_: None,
+) -> tuple[Curves, Sharpness]:
     """Train with every method from every seed, as far as the deadline lets it.
 
     Seeds come one after another, so that what is cut off by the deadline is a whole seed's training and not the end of
     every schedule. Within a seed the methods take turns epoch by epoch, in the order of ``clock.turn``.
+
+    Args:
+        images: to train and test on.
+        args: the command line.
+        deadline: after which no epoch is begun.
+        journal: where seeds that are finished are kept, and not trained again.
+        seen: called with what there is after each round of epochs.
 
     Returns:
         For each method the curves of its seeds, all methods being equally far, and the sharpness after each seed that
@@ -55,25 +70,43 @@ def train(images: ImageData, args: argparse.Namespace, deadline: float) -> tuple
     curves: Curves = {name: [] for name in args.optimizers}
     sharpnesses: Sharpness = {name: [] for name in args.optimizers}
     rounds, longest = args.seeds * args.epochs, 0.0
-    with tqdm(total=rounds * len(curves) * images.steps_per_epoch(args.batch_size), unit="step") as progress:
-        for seed in range(args.seeds):
-            settings = command_line.settings(args, seed)
-            runs = {name: Run(name, settings, args.epochs, task) for name in curves}
-            for epoch in range(args.epochs):
-                start = perf_counter()
-                if longest and start + longest > deadline:
-                    return curves, sharpnesses
-                if epoch == 0:
-                    for name, run in runs.items():
-                        curves[name].append(run.curve)
-                for name in [args.optimizers[i] for i in turn(len(runs), epoch)]:
-                    progress.set_description(f"seed {seed}, epoch {epoch + 1}/{args.epochs}, {METHODS[name].label}")
-                    runs[name].train_epoch(progress)
-                longest = max(longest, perf_counter() - start)
-            progress.set_description(f"seed {seed}, sharpness")
-            for name, measured in sharpness_of_all(runs, deadline).items():
-                sharpnesses[name].append(measured)
+    progress = Progress(rounds * len(curves) * images.steps_per_epoch(args.batch_size), unit="step")
+    for seed in range(args.seeds):
+        key = journal_key(args, images, seed=seed)
+        kept = journal.get(key) if journal else None
+        if kept is not None:
+            for name in curves:
+                curves[name].append(kept["curves"][name])
+                sharpnesses[name] += kept["sharpness"].get(name, [])
+            continue
+        settings = command_line.settings(args, seed)
+        runs = {name: Run(name, settings, args.epochs, task) for name in curves}
+        for epoch in range(args.epochs):
+            start = perf_counter()
+            if longest and start + longest > deadline:
+                return curves, sharpnesses
+            if epoch == 0:
+                for name, run in runs.items():
+                    curves[name].append(run.curve)
+            for name in [args.optimizers[i] for i in turn(len(runs), epoch)]:
+                progress.describe(f"seed {seed}, epoch {epoch + 1}/{args.epochs}, {METHODS[name].label}")
+                runs[name].train_epoch(progress)
+            longest = max(longest, perf_counter() - start)
+            seen(curves, sharpnesses)
+        progress.describe(f"seed {seed}, sharpness")
+        measured = sharpness_of_all(runs, deadline)
+        for name, sharp in measured.items():
+            sharpnesses[name].append(sharp)
+        if journal:
+            found = {name: [sharp] for name, sharp in measured.items()}
+            journal.add(key, {"curves": {name: run.curve for name, run in runs.items()}, "sharpness": found})
     return curves, sharpnesses
+
+
+def journal_key(args: argparse.Namespace, images: ImageData, **more: Any) -> dict[str, Any]:
+    """What decides what is trained."""
+    shared = {name: value for name, value in record.as_json(args).items() if name not in ("seeds", "time_budget")}
+    return {**shared, "images": images.label, **more}
 
 
 def sharpness_of_all(runs: dict[str, Run], deadline: float) -> dict[str, dict[str, Any]]:
@@ -117,7 +150,12 @@ def make_parser() -> argparse.ArgumentParser:
     """The command_line."""
     parser = command_line.make_training_parser(__doc__ or "")
     add = parser.add_argument
-    add("--optimizers", nargs="+", choices=TRAINED, help="default: all that make sense")
+    add(
+        "--optimizers",
+        nargs="+",
+        choices=(*TRAINED, *MORE),
+        help=f"default: of {', '.join(TRAINED)} all that make sense",
+    )
     add(
         "--time-budget",
         type=float,
@@ -131,11 +169,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked."""
     parser = make_parser()
     args = command_line.parse(parser, argv, {"digits": {"epochs": 40}, "cifar10": {"epochs": 200}})
-    if args.optimizers is None:
+    default = args.optimizers is None
+    if default:
         args.optimizers = [name for name in TRAINED if not (args.amp and METHODS[name].compares_precision)]
     elif args.amp and (odd := {name for name in args.optimizers if METHODS[name].compares_precision}):
         parser.error(f"--amp sets the precision of all passes: leave out {', '.join(sorted(odd))}")
     command_line.check_training(parser, args)
+    command_line.without_left_out(parser, args, "optimizers", default)
     return args
 
 
@@ -143,28 +183,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the job, write its results and print the table."""
     started = perf_counter()
     args = parse_args(argv)
+    stem = f"train_{args.data}_{args.device}"
     with refusals(make_parser()):
         images = command_line.training_images(args)
         task, settings = command_line.task(args, images), command_line.settings(args)
         task.require_valid(args.optimizers, settings)
-    result = record.header("train", images.label, args)  # of the code that is about to run
+        journal = command_line.journal(args, stem)
+    header = record.header("train", images.label, args)  # of the code that is about to run
+    header["left_out"] = args.left_out
     steps = images.steps_per_epoch(args.batch_size)
-    memory = {name: memory_of(name, task, settings) for name in tqdm(args.optimizers, "measuring memory", leave=False)}
-    deadline = math.inf if args.time_budget is None else started + args.time_budget
-    curves, sharpnesses = train(images, args, deadline)
-    summary = summarize(curves, steps, args.epochs)
-    methods = {
-        name: {"label": METHODS[name].label, "peak_memory_bytes": memory[name], **summary[name]} for name in curves
+    memory = {
+        name: journal.once(journal_key(args, images, memory_of=name), partial(memory_of, name, task, settings))
+        for name in args.optimizers
     }
-    result |= {"steps_per_epoch": steps, "methods": methods, "curves": curves}
-    result |= {"sharpness": {"distances": task.distances, "tolerance": TOLERANCE, "seeds": sharpnesses}}
-    stem = f"train_{args.data}_{args.device}"
+
+    def result_of(curves: Curves, sharpnesses: Sharpness) -> dict[str, Any]:
+        summary = summarize(curves, steps, args.epochs)
+        methods = {
+            name: {"label": METHODS[name].label, "peak_memory_bytes": memory[name], **summary[name]} for name in curves
+        }
+        sharp = {"distances": task.distances, "tolerance": TOLERANCE, "seeds": sharpnesses}
+        return header | {"steps_per_epoch": steps, "methods": methods, "curves": curves, "sharpness": sharp}
+
+    deadline = math.inf if args.time_budget is None else started + args.time_budget
+    curves, sharpnesses = train(
+        images, args, deadline, journal, lambda *found: record.save(result_of(*found), args.output, stem)
+    )
+    result = result_of(curves, sharpnesses)
     record.save(result, args.output, stem)
-    plots.accuracy_over_time(result, args.output / f"{stem}_time.svg")
-    plots.accuracy_over_cost(result, args.output / f"{stem}_cost.svg")
-    written = [f"{stem}.json", f"{stem}_time.svg", f"{stem}_cost.svg"]
+    figures = {f"{stem}_time.svg": "accuracy_over_time", f"{stem}_cost.svg": "accuracy_over_cost"}
     if any(sharpnesses.values()):
-        plots.loss_around_minimum(result, args.output / f"{stem}_sharpness.svg")
-        written.append(f"{stem}_sharpness.svg")
+        figures[f"{stem}_sharpness.svg"] = "loss_around_minimum"
+    written = [f"{stem}.json", *command_line.draw(result, args.output, figures)]
     print(tables.train(result))
     print(f"\nWritten to {args.output}: {', '.join(written)}")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,13 @@ class Journal:
     def add(self, key: Mapping[str, Any], value: Any) -> None:
         """Keep a finished part: once this returns, it outlives the process and the machine's crash."""
         self._append({"key": dict(key), "value": value})
-        self._parts[_canonical(key)] = value
+        self._parts[_canonical(key)] = json.loads(json.dumps(value))  # as it will be read
+
+    def once(self, key: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+        """What was kept under a key; if nothing was, what ``make`` returns, which is then kept."""
+        if self.get(key) is None:
+            self.add(key, make())
+        return self.get(key)
 
     def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("ab") as file:
@@ -77,15 +83,25 @@ class Journal:
 def code_fingerprint(*packages: Path) -> str:
     """A hash of all code in the packages' folders: their Python sources and what is built there.
 
+    Of a library that its build's record knows, it is that of its sources: a build anew changes nothing.
     Code that was edited has another one, committed or not, and whether or not git is at hand.
     """
     digest = hashlib.sha256()
     for package in packages:
         for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".so")):
             name, content = path.relative_to(package.parent).as_posix().encode(), path.read_bytes()
-            for part in (name, content):
+            for part in (name, _sources_of_library(path, content) if path.suffix == ".so" else content):
                 digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:16]
+
+
+def _sources_of_library(library: Path, content: bytes) -> bytes:
+    record = library.with_name("native_build.json")
+    if record.exists():
+        known = json.loads(record.read_text())
+        if known.get("sha256") == hashlib.sha256(content).hexdigest() and "sources" in known:
+            return json.dumps({name: value for name, value in known.items() if name != "sha256"}).encode()
+    return content
 
 
 def _canonical(key: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ import pickle
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,12 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-DATASETS = ("digits", "cifar10")
+DATASETS = ("digits", "cifar10", "random")
 PADDING = -100  # the target of a token that no loss is taken of
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # images [n, channels, height, width] and their labels [n]
@@ -160,10 +158,17 @@ def flip_labels(images: ImageData, share: float) -> ImageData:
 
 def _stratified(labels: Tensor, n: int) -> Tensor:
     """Rows of ``n`` samples, in which every class has its share of all."""
-    rows = np.arange(len(labels))
-    if n < len(rows):
-        rows, _ = train_test_split(rows, train_size=n, stratify=labels.cpu().numpy(), random_state=0)
-    return torch.from_numpy(rows).to(labels.device)
+    if n >= len(labels):
+        return torch.arange(len(labels), device=labels.device)
+    generator = np.random.default_rng(0)
+    shuffled = generator.permutation(len(labels))
+    classes, counts = np.unique(labels.cpu().numpy(), return_counts=True)
+    shares = counts * n / len(labels)
+    sizes = np.floor(shares).astype(int)
+    sizes[np.argsort(sizes - shares, kind="stable")[: n - sizes.sum()]] += 1  # the largest remainders
+    of_class = labels.cpu().numpy()[shuffled]
+    rows = np.concatenate([shuffled[of_class == one][:size] for one, size in zip(classes, sizes)])
+    return torch.from_numpy(generator.permutation(rows)).to(labels.device)
 
 
 def load(name: str, file: Path | None, device: torch.device, memory_format: torch.memory_format) -> ImageData:
@@ -171,16 +176,26 @@ def load(name: str, file: Path | None, device: torch.device, memory_format: torc
 
     Args:
         name: one of ``DATASETS``.
-        file: where CIFAR-10 is: the python-pickle archive or its extracted folder, or an .npz pack of JPEG files.
+        file: where CIFAR-10 is: the python-pickle archive or its extracted folder, or an .npz pack of JPEG files or of
+            ``unpack``.
         device: where to put it.
         memory_format: in which order the dimensions of its batches lie in memory.
 
     Raises:
         ValueError: if a file is missing or not needed.
     """
-    if name == "digits":
+    if name == "random":
+        if file is not None:
+            raise ValueError(f"--data random needs no file: leave out --data-file {file}")
+        label, pad, flip = "random images", 4, True
+        train, test = _random(4096, 0), _random(1024, 1)
+    elif name == "digits":
         if file is not None:
             raise ValueError(f"--data digits comes with scikit-learn: leave out --data-file {file}")
+        if find_spec("sklearn") is None:
+            raise ValueError(
+                "--data digits needs the package scikit-learn, which is not installed: --data random does not"
+            )
         label, pad, flip = "scikit-learn digits", 1, False
         train, test = _digits()
     else:
@@ -190,7 +205,7 @@ def load(name: str, file: Path | None, device: torch.device, memory_format: torc
             raise ValueError(f"--data-file {file} does not exist")
         is_pack = file.suffix == ".npz"
         label, pad, flip = "CIFAR-10 (JPEG copy)" if is_pack else "CIFAR-10", 4, True
-        train, test = _cifar_jpeg(file) if is_pack else _cifar_pickles(file)
+        train, test = _cifar_pack(file) if is_pack else _cifar_pickles(file)
     arrays = [torch.from_numpy(array) for array in (*train, *test)]
     train_images, train_labels, test_images, test_labels = (
         array.to(device, torch.uint8 if array.dim() == 4 else torch.int64) for array in arrays
@@ -198,8 +213,17 @@ def load(name: str, file: Path | None, device: torch.device, memory_format: torc
     return ImageData(label, train_images, train_labels, test_images, test_labels, pad, flip, memory_format)
 
 
+def _random(n: int, seed: int) -> Arrays:
+    """Noise in RGB, 32 pixels wide and high, and labels that have nothing to do with it: for what a step costs."""
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, 256, (n, 3, 32, 32), np.uint8), generator.integers(0, 10, n, np.uint8)
+
+
 def _digits() -> tuple[Arrays, Arrays]:
     """1,797 handwritten digits of 8x8 pixels with values 0 to 16: 1,000 to train with, 797 to test."""
+    from sklearn.datasets import load_digits  # here, since all else runs without the package
+    from sklearn.model_selection import train_test_split
+
     images, labels = load_digits(return_X_y=True)
     images = images.astype(np.uint8).reshape(-1, 1, 8, 8)
     train_images, test_images, train_labels, test_labels = train_test_split(
@@ -234,14 +258,23 @@ class _ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _cifar_jpeg(path: Path) -> tuple[Arrays, Arrays]:
-    """A pack of JPEG files: file i of a split is ``jpeg[offsets[i]:offsets[i + 1]]``."""
+def _cifar_pack(path: Path) -> tuple[Arrays, Arrays]:
+    """A pack of images as they are, or of JPEG files: file i of a split is ``jpeg[offsets[i]:offsets[i + 1]]``."""
     with np.load(path) as pack:
         arrays = {name: pack[name] for name in pack.files if name != "classes"}
 
-    def decode(split: str) -> Arrays:
-        files, cuts = arrays[f"{split}_jpeg"].tobytes(), arrays[f"{split}_offsets"].tolist()
-        images = [np.asarray(Image.open(io.BytesIO(files[a:b])).convert("RGB")) for a, b in pairwise(cuts)]
-        return np.stack(images).transpose(0, 3, 1, 2), arrays[f"{split}_labels"]
+    def split(name: str) -> Arrays:
+        if f"{name}_images" in arrays:
+            return arrays[f"{name}_images"], arrays[f"{name}_labels"]
+        if find_spec("PIL") is None:
+            raise ValueError(
+                f"--data-file {path} holds JPEG files, which need the package pillow: unpack them where it is, by "
+                f"python -m benchmarks unpack {path.name} images.npz"
+            )
+        from PIL import Image
 
-    return decode("train"), decode("test")
+        files, cuts = arrays[f"{name}_jpeg"].tobytes(), arrays[f"{name}_offsets"].tolist()
+        images = [np.asarray(Image.open(io.BytesIO(files[a:b])).convert("RGB")) for a, b in pairwise(cuts)]
+        return np.stack(images).transpose(0, 3, 1, 2), arrays[f"{name}_labels"]
+
+    return split("train"), split("test")

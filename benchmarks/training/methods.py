@@ -14,6 +14,9 @@ class Method:
         trainer: one of ``trainers.TRAINERS``.
         options: those of ESAM that are not as the command line has them.
         rho_factor: what the command line's radius is multiplied with.
+        late_share: the share of the steps, the last ones, that are sharpness-aware or have ``late_options``.
+        late_options: those of ESAM that change then; with none of them the steps before are the base optimizer's.
+        nesterov: whether SGD looks ahead.
         share_of_epochs: of those that are given to it.
         amp: autocast of all passes, whatever the command line says.
         weights: the weights' precision, "bf16" or None for float32.
@@ -26,12 +29,25 @@ class Method:
     trainer: str
     options: Mapping[str, Any] = field(default_factory=dict)
     rho_factor: float = 1.0
+    late_share: float = 1.0
+    late_options: Mapping[str, Any] = field(default_factory=dict)
+    nesterov: bool = False
     share_of_epochs: float = 1.0
     amp: str | None = None
     weights: str | None = None
     to_nearest: bool = False
     backend: str | None = None
     micro_batches: int = 1
+
+    @property
+    def cycle(self) -> int:
+        """How many steps have every kind of step that it takes, each as often as over a whole training."""
+        return int(self.options.get("interval", 1)) * round(1 / self.late_share)
+
+    @property
+    def has_radius(self) -> bool:
+        """Whether it perturbs weights."""
+        return not self.trainer.startswith("sgd")
 
     @property
     def compares_precision(self) -> bool:
@@ -41,6 +57,13 @@ class Method:
 
 def _esam(label: str, **options: Any) -> Method:
     return Method(f"ESAM, {label}", "esam", options)
+
+
+_SAM = {"beta": 1.0, "gamma": 1.0}
+
+
+def _sam(label: str, **options: Any) -> Method:
+    return Method(label, "esam", {**_SAM, **options})
 
 
 # Tables show them in the order of the command that measures them.
@@ -56,6 +79,8 @@ METHODS = {
     "sgd-4-micro-batches": Method("SGD, 4 micro-batches", "sgd-accumulated", micro_batches=4),
     # Other implementations.
     "sam-davda54": Method("SAM, davda54 style", "sam-davda54"),
+    "sam-foreach": Method("SAM (foreach)", "sam-foreach"),
+    "sam-own": _sam("SAM (esam_kernels)"),
     "esam-authors": Method("ESAM (the authors' code)", "esam-authors"),
     # Other options of ESAM.
     "esam-gamma0.25": _esam("gamma 0.25", gamma=0.25),
@@ -71,12 +96,35 @@ METHODS = {
     "esam-adaptive": _esam("adaptive", adaptive=True),
     "esam-interval2": _esam("every 2nd step", interval=2),
     "esam-interval5": _esam("every 5th step", interval=5),
-    "sam-interval2": Method("SAM, every 2nd step", "esam", {"beta": 1.0, "gamma": 1.0, "interval": 2}),
+    "sam-interval2": _sam("SAM, every 2nd step", interval=2),
+    "sam-interval5": _sam("SAM, every 5th step", interval=5),
+    # Directions of ascent without a pass, or with a smaller one; with gamma 1, as SAM has it.
+    "momentum": _sam("momentum", ascent="momentum"),
+    "momentum-random": _sam("momentum, random half", ascent="momentum", gamma=0.5, selection="random"),
+    "previous": _sam("previous gradient", ascent="previous"),
+    "share-quarter": _sam("ascent share 1/4", ascent_share=0.25),
+    "share-half": _sam("ascent share 1/2", ascent_share=0.5),
+    # Sharpness-aware at the end alone.
+    "sam-tail0.2": Method("SAM in the last 1/5", "esam", _SAM, late_share=0.2),
+    "sam-tail0.5": Method("SAM in the last 1/2", "esam", _SAM, late_share=0.5),
+    "esam-tail0.2": Method("ESAM in the last 1/5", "esam", late_share=0.2),
+    "esam-tail0.5": Method("ESAM in the last 1/2", "esam", late_share=0.5),
+    "momentum-then-sam": Method(
+        "momentum, SAM in the last 1/5",
+        "esam",
+        {**_SAM, "ascent": "momentum"},
+        late_share=0.2,
+        late_options={"ascent": "gradient"},
+    ),
+    # Controls of climbing against momentum: the wrong sign, no direction at all, and looking ahead.
+    "momentum-plus": Method("momentum, wrong sign (control)", "along-momentum", {"ascent": "momentum"}),
+    "random-direction": Method("random direction (control)", "random-direction", {"ascent": "momentum"}),
+    "nesterov": Method("SGD, Nesterov", "sgd", nesterov=True),
     # The best radius is not the same for SAM and ESAM.
     "esam-half-rho": Method("ESAM, rho / 2", "esam", rho_factor=0.5),
     "esam-twice-rho": Method("ESAM, rho * 2", "esam", rho_factor=2.0),
-    "sam-half-rho": Method("SAM, rho / 2", "sam", rho_factor=0.5),
-    "sam-twice-rho": Method("SAM, rho * 2", "sam", rho_factor=2.0),
+    "sam-half-rho": Method("SAM, rho / 2", "esam", _SAM, rho_factor=0.5),
+    "sam-twice-rho": Method("SAM, rho * 2", "esam", _SAM, rho_factor=2.0),
     # ESAM over micro-batches and with other operators.
     "esam-4-micro-batches": Method("ESAM, 4 micro-batches", "esam", micro_batches=4),
     "esam-4-micro-batches-over-all": Method(

@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from tqdm import tqdm
 
 from ..measuring.clock import Stopwatch
+from ..measuring.progress import Progress
 from . import landscape, models
 from .data import ImageData
 from .trainers import Settings, trainer
@@ -68,13 +68,15 @@ class Run:
 
     def __init__(self, name: str, settings: Settings, epochs: int, task: Task) -> None:
         self.task = task
+        if not settings.steps:
+            settings = replace(settings, steps=epochs * task.images.steps_per_epoch(task.batch_size))
         self.trainer = trainer(name, task.network(settings.seed), settings, task.device)
         self.scheduler = CosineAnnealingLR(self.trainer.optimizer, T_max=epochs)
         self.generator = torch.Generator(task.device).manual_seed(settings.seed)
         self.stopwatch = Stopwatch(task.device)
         self.curve: list[dict[str, Any]] = []
 
-    def train_epoch(self, progress: tqdm, test: bool = True) -> None:
+    def train_epoch(self, progress: Progress, test: bool = True) -> None:
         """Train for an epoch, and test; host and device meet only at its end."""
         self.stopwatch.mark()
         losses = []

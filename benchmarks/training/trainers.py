@@ -1,9 +1,10 @@
 """The optimizers under comparison: each a trainer with ``optimizer`` and ``step(inputs, targets)``."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,24 +12,30 @@ import torch
 from torch import Tensor, nn
 
 from esam_kernels import ESAM, batch_closure, ops
-from esam_kernels.options import OPTIONS
+from esam_kernels.options import OPTIONS, STEP, make
 
 from .losses import LossFunction, mean_loss, per_sample_loss
 from .methods import METHODS, Method
 
+BASES: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by their names on the command line and in ``METHODS``
 
 
 @dataclass(frozen=True)
 class Settings:
-    """SGD's options, which every method shares, and those of sharpness-aware minimization.
+    """The base optimizer's options, which every method shares, and those of sharpness-aware minimization.
 
     Attributes:
+        momentum: AdamW's beta_1.
         esam: ESAM's options by name; one that is not given has its default.
         amp: autocast of all passes.
         backend: of ESAM's operators; None: the first that serves.
         micro_batches: in how many parts a batch is taken.
         authors_esam: the class of ``authors.load``, for the method that needs it.
+        base: the base optimizer, one of ``BASES``.
+        nesterov: whether SGD looks ahead.
+        steps: of the whole training, of which a method may have its own in the last share.
+        late: ESAM's options that change, and from which step on.
 
     Raises:
         ValueError: if ESAM has no option of a name.
@@ -42,6 +49,10 @@ class Settings:
     backend: str | None = None
     micro_batches: int = 1
     authors_esam: type[torch.optim.Optimizer] | None = None
+    base: str = "sgd"
+    nesterov: bool = False
+    steps: int = 0
+    late: tuple[int, Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         if unknown := self.esam.keys() - OPTIONS.keys():
@@ -50,9 +61,23 @@ class Settings:
         object.__setattr__(self, "esam", complete)
 
     @property
-    def sgd(self) -> dict[str, Any]:
+    def base_class(self) -> type[torch.optim.Optimizer]:
+        """The base optimizer."""
+        return BASES[self.base]
+
+    @property
+    def base_options(self) -> dict[str, Any]:
         """The base optimizer's options."""
-        return {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
+        shared = {"lr": self.lr, "weight_decay": self.weight_decay}
+        if self.base == "adamw":
+            return {**shared, "betas": (self.momentum, 0.999)}
+        return {**shared, "momentum": self.momentum, "nesterov": self.nesterov}
+
+    def radius(self, esam: Mapping[str, Any]) -> float:
+        """The radius among ESAM's options; where none is given, the one that suits the direction of ascent."""
+        if esam["rho"] is not None:
+            return float(esam["rho"])
+        return float(make({"ascent": esam["ascent"]}, base_has_betas=self.base == "adamw")["rho"])
 
     @property
     def seed(self) -> int:
@@ -60,11 +85,26 @@ class Settings:
         return int(self.esam["seed"])
 
     def by(self, method: Method) -> "Settings":
-        """As a method has them."""
-        esam = {**self.esam, **method.options}
+        """As a method has them; one that climbs along another direction has its own radius.
+
+        What it changes in a share of the training begins at a whole step.
+        """
+        changed = dict(method.options)
+        if changed.get("ascent", self.esam["ascent"]) != self.esam["ascent"]:
+            changed.setdefault("rho", None)
+        esam = {**self.esam, **changed}
+        esam["rho"] = method.rho_factor * self.radius(esam)
+        begin = round((1 - method.late_share) * self.steps)
+        late: dict[str, Any] = dict(method.late_options)
+        if late:
+            late["rho"] = method.rho_factor * self.radius({**self.esam, **late})
+        elif method.late_share < 1:
+            esam["start"] = begin
         return replace(
             self,
-            esam={**esam, "rho": method.rho_factor * esam["rho"]},
+            esam=esam,
+            late=(begin, late) if late else None,
+            nesterov=method.nesterov,
             amp=DTYPES[method.amp] if method.amp else self.amp,
             backend=method.backend,
             micro_batches=method.micro_batches,
@@ -113,8 +153,8 @@ class SGDTrainer(Trainer):
     """The base optimizer alone."""
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """SGD with momentum."""
-        return torch.optim.SGD(self.model.parameters(), **self.settings.sgd)
+        """The base optimizer."""
+        return self.settings.base_class(self.model.parameters(), **self.settings.base_options)
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """One forward and one backward pass."""
@@ -144,11 +184,12 @@ class SAMTrainer(Trainer):
     """SAM of the package pytorch_optimizer, an implementation independent of this one."""
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """SAM around SGD; its second half steps through the loss scaler, of which it knows nothing itself."""
+        """SAM around the base; its second half steps through the loss scaler, of which it knows nothing itself."""
         import pytorch_optimizer  # here, since the benchmarks without this row run where it is missing
 
         radius = {name: self.settings.esam[name] for name in ("rho", "adaptive")}
-        sam = pytorch_optimizer.SAM(self.model.parameters(), torch.optim.SGD, **radius, **self.settings.sgd)
+        options = {**radius, **self.settings.base_options}
+        sam = pytorch_optimizer.SAM(self.model.parameters(), self.settings.base_class, **options)
         base = sam.base_optimizer
         sam.base_optimizer = SimpleNamespace(step=lambda: self.scaler.step(base))  # type: ignore[assignment]
         return sam
@@ -194,18 +235,109 @@ class TwoStepSAMTrainer(SGDTrainer):
         self.base_step()
 
 
+class PerturbingTrainer(SGDTrainer):
+    """The base optimizer with a gradient taken at moved weights, in plain torch's foreach functions."""
+
+    def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """The passes before the move, and one after it; the weights are put back before the base optimizer's step."""
+        before = self.before(inputs, targets)
+        params, direction = self.direction()
+        backups = self.move(params, direction)
+        with frozen_running_stats(self.model) if before is not None else nullcontext():
+            loss = self.backward(inputs, targets)
+        with torch.no_grad():
+            torch._foreach_copy_(params, backups)
+        self.base_step()
+        return loss if before is None else before
+
+    def before(self, inputs: Tensor, targets: Tensor) -> Tensor | None:
+        """What runs at the weights as they are; its mean loss."""
+        return None
+
+    @abstractmethod
+    def direction(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The weights that are moved, and along what."""
+
+    @torch.no_grad()
+    def move(self, params: list[Tensor], direction: list[Tensor]) -> list[Tensor]:
+        """Move by rho along the direction, in the adaptive norm if that is asked for; the weights as they were."""
+        backups = [torch.empty_like(param) for param in params]
+        if params:
+            torch._foreach_copy_(backups, params)
+            sizes = torch._foreach_abs(params) if self.settings.esam["adaptive"] else None
+            scaled = torch._foreach_mul(direction, sizes) if sizes else direction
+            norm = torch.stack(torch._foreach_norm(scaled)).norm()
+            e = torch._foreach_mul(torch._foreach_mul(scaled, sizes) if sizes else scaled, self.scale / (norm + 1e-12))
+            torch._foreach_add_(params, e)
+        return backups
+
+    @property
+    def scale(self) -> float:
+        """How far it moves, and which way."""
+        return float(self.settings.esam["rho"])
+
+
+class ForeachSAMTrainer(PerturbingTrainer):
+    """SAM as one would write it for speed without this package: the fair rival in launches."""
+
+    def before(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """A forward and backward pass."""
+        return self.backward(inputs, targets)
+
+    def direction(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The gradient."""
+        pairs = [(param, param.grad) for param in self.model.parameters() if param.grad is not None]
+        return [param for param, _ in pairs], [grad for _, grad in pairs]
+
+
+class AlongMomentumTrainer(PerturbingTrainer):
+    """The wrong sign, a control: along the first moment, which is downhill and ahead of the step."""
+
+    def direction(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The first moments that there are."""
+        moments = [(param, first_moment(self.optimizer.state.get(param, {}))) for param in self.model.parameters()]
+        pairs = [(param, moment) for param, moment in moments if moment is not None]
+        return [param for param, _ in pairs], [moment for _, moment in pairs]
+
+
+class RandomDirectionTrainer(PerturbingTrainer):
+    """A direction that is drawn anew in each step, a control: noise in the weights of the same length."""
+
+    def __init__(self, model: nn.Module, settings: Settings, device: torch.device, loss_fn: LossFunction) -> None:
+        super().__init__(model, settings, device, loss_fn)
+        self.generator = torch.Generator(device).manual_seed(settings.seed)
+
+    def direction(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Normal deviates in the weights' shapes."""
+        params: list[Tensor] = list(self.model.parameters())
+        return params, [
+            torch.randn(param.shape, generator=self.generator, device=param.device, dtype=param.dtype)
+            for param in params
+        ]
+
+
+def first_moment(state: Mapping[str, Any]) -> Tensor | None:
+    """What SGD or AdamW keeps of a weight's gradients, if it does yet."""
+    return state.get("momentum_buffer", state.get("exp_avg"))
+
+
 class ESAMTrainer(Trainer):
     """ESAM of this package."""
 
     optimizer: ESAM
 
     def make_optimizer(self) -> ESAM:
-        """ESAM around SGD, with every option that it has."""
-        return ESAM(self.model.parameters(), torch.optim.SGD, **self.settings.esam, **self.settings.sgd)
+        """ESAM around the base optimizer, with every option that it has."""
+        settings = self.settings
+        return ESAM(self.model.parameters(), settings.base_class, **settings.esam, **settings.base_options)
 
     def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The three passes of ESAM."""
+        """The passes of ESAM, with the options that it has by then."""
         backend = self.settings.backend
+        if self.settings.late is not None:
+            begin, late = self.settings.late
+            for group in self.optimizer.param_groups:
+                group.update(late if group[STEP] >= begin else {name: self.settings.esam[name] for name in late})
         with nullcontext() if backend is None else ops.use_backend(backend):
             loss = self.optimizer.backward(self.closure(inputs, targets), self.scaler)
         self.base_step()
@@ -223,10 +355,10 @@ class AuthorsTrainer(Trainer):
     """ESAM of the paper's authors, given as ``settings.authors_esam``; it takes no weights of samples."""
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """Their ESAM around SGD; it steps through the loss scaler, of which it knows nothing itself."""
+        """Their ESAM around the base optimizer; it steps through the loss scaler, of which it knows nothing itself."""
         settings = self.settings
         assert settings.authors_esam is not None
-        base = torch.optim.SGD(self.model.parameters(), **settings.sgd)
+        base = settings.base_class(self.model.parameters(), **settings.base_options)
         scaled: Any = SimpleNamespace(param_groups=base.param_groups, step=lambda: self.scaler.step(base))
         options = {name: settings.esam[name] for name in ("rho", "beta", "gamma", "adaptive")}
         return settings.authors_esam(self.model.parameters(), scaled, **options)
@@ -246,9 +378,19 @@ TRAINERS: dict[str, type[Trainer]] = {
     "sgd-accumulated": AccumulatingTrainer,
     "sam": SAMTrainer,
     "sam-davda54": TwoStepSAMTrainer,
+    "sam-foreach": ForeachSAMTrainer,
+    "along-momentum": AlongMomentumTrainer,
+    "random-direction": RandomDirectionTrainer,
     "esam": ESAMTrainer,
     "esam-authors": AuthorsTrainer,
 }
+
+
+def set_step(one: Trainer, number: int) -> None:
+    """If it is ESAM's, let the step that it takes next be that of this number, on which draws and schedule depend."""
+    for group in one.optimizer.param_groups:
+        if STEP in group:
+            group[STEP] = number
 
 
 def trainer(
@@ -257,6 +399,21 @@ def trainer(
     """What trains ``model``, which is on ``device``, by the method of that name in ``METHODS``."""
     method = METHODS[name]
     return TRAINERS[method.trainer](model, settings.by(method), device, loss_fn)
+
+
+PACKAGES = {"sam": "pytorch_optimizer"}  # that a trainer needs and that may be missing
+
+
+def left_out(names: Iterable[str], base: str = "sgd") -> dict[str, str]:
+    """Of methods by name those that cannot be trained here, and why."""
+    why = {}
+    for name in names:
+        package = PACKAGES.get(METHODS[name].trainer)
+        if package is not None and find_spec(package) is None:
+            why[name] = f"the package {package} is not installed"
+        elif METHODS[name].nesterov and base != "sgd":
+            why[name] = f"Nesterov's momentum is SGD's, and the base is {base}"
+    return why
 
 
 @contextmanager

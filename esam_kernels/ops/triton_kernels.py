@@ -5,7 +5,8 @@ to know of a tensor. A program finds the tensor that its block of elements belon
 whose addresses are aligned to 16 bytes with 16-byte accesses, on all others with masked ones.
 
 The operators make no host-device sync and can be captured in a CUDA graph: the graph replays the table of its capture,
-so tensors, coefficients and mask are those of the capture. A gradient that lies in memory in another order than its
+so tensors, coefficients and mask are those of the capture. That holds for them alone: ESAM's ``backward`` reads and sets
+the CUDA generator, which no capture allows. A gradient that lies in memory in another order than its
 weight, or has a dtype that no kernel reads, costs a copy first.
 """
 # mypy: allow-untyped-defs
@@ -287,10 +288,30 @@ def _select_top_kernel(before, after, out, b, k, KEY: tl.constexpr, BLOCK: tl.co
 _INTERPRETED = not isinstance(_select_top_kernel, triton.runtime.JITFunction)
 
 
+def _interpreter_obstacle() -> str | None:
+    """Why Triton's interpreter, if it is asked for, cannot run what it is given; None if it can."""
+    if not _INTERPRETED:
+        return None
+    import numpy  # which the interpreter needs, and the compiler does not
+
+    versions = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        return (
+            f"the interpreter of Triton {triton.__version__} fails with NumPy {numpy.__version__}: take Triton 3.7 or "
+            "newer, or NumPy before 2.4"
+        )
+    return None
+
+
+_INTERPRETER_OBSTACLE = _interpreter_obstacle()
+
+
 def unsupported(tensor: Tensor) -> str | None:
     """Why these kernels do not take a tensor as weights or losses; None if they do."""
     if _INTERPRETED and not tensor.is_cpu:
         return f"it is on {tensor.device}, and Triton's interpreter (TRITON_INTERPRET) reads only CPU memory"
+    if _INTERPRETER_OBSTACLE:
+        return _INTERPRETER_OBSTACLE
     if not _INTERPRETED and not tensor.is_cuda:
         return f"it is on {tensor.device}, and Triton's kernels run on CUDA devices (or with TRITON_INTERPRET=1)"
     if tensor.dtype not in _DTYPES:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..closure import Closure
+from ..schedule import draws_rows
 from ..step import Step
 from ..warn import warn
 
@@ -91,10 +92,10 @@ def cpu_has_bf16_units() -> bool | None:
     return any(getattr(torch.cpu, name)() for name in names)
 
 
-def as_row(weight: Any, device: torch.device) -> Any:
+def as_row(weight: Any, loss: Tensor) -> Any:
     """The weight of a loss without rows, a number or a 0-dimensional tensor, as that of one row."""
     if isinstance(weight, int | float):
-        return torch.full((1,), weight, dtype=torch.float64, device=device)
+        return torch.full((1,), weight, dtype=torch.promote_types(loss.dtype, torch.float32), device=loss.device)
     return weight.view(1) if isinstance(weight, Tensor) and weight.dim() == 0 else weight
 
 
@@ -155,8 +156,8 @@ def evaluate(
     result = loss_in(step.rollback.interruptible(closure, index))
     losses, weights = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     losses = loss_in(losses)
-    if isinstance(losses, Tensor) and losses.dim() == 0 and index is None and step.settings.gamma == 1:
-        losses, weights = losses.view(1), as_row(weights, losses.device)  # as if the micro-batch were one sample
+    if isinstance(losses, Tensor) and losses.dim() == 0 and index is None and not draws_rows(step.settings):
+        losses, weights = losses.view(1), as_row(weights, losses)  # as if the micro-batch were one sample
     if not isinstance(losses, Tensor) or not isinstance(weights, Tensor | None):
         raise TypeError(
             f"the closure returned {_described(result)}: return one loss per sample, a tensor of shape [b], "
@@ -165,7 +166,8 @@ def evaluate(
     if losses.dim() == 0:
         raise ValueError(
             "the closure returned a scalar: return one loss per sample, for example with reduction='none', or "
-            "(losses, weights) of shape [b] each; or set gamma=1, which selects no samples, so that one loss will do"
+            "(losses, weights) of shape [b] each; or set gamma=1 (and ascent_share=1), which selects no samples, so "
+            "that one loss will do"
         )
     if losses.dim() != 1:
         raise ValueError(

@@ -57,6 +57,6 @@ def _run(step: Step, closure: OrdinaryClosure, last: bool) -> list[MicroBatch]:
     closure.begin(last)
     # As torch.optim calls it, whose steps are under no_grad().
     call = torch.enable_grad()(closure.call)
-    result = step.rollback.interruptible(call if last else in_steering_precision(step, call))
+    result = step.rollback.interruptible(call if last else in_steering_precision(step, call), last)
     closure.check(last)
     return one_loss(result)

@@ -32,14 +32,17 @@ def look(step: Step, start: Start, before: Sequence[MicroBatch] = ()) -> list[Mi
         sizes: Sequence[int | None] = [len(one.losses) for one in before] or [None] * len(step.closures)
         return [evaluate(step, closure, size=size, graph=False).detach() for closure, size in zip(step.closures, sizes)]
 
-    if not step.findings.forward_needs_graph:
-        try:
-            return run(torch.no_grad()(steered(step)))
-        except RuntimeError as error:
-            if "require grad" not in str(error) and "requires grad" not in str(error):
-                raise
-            step.findings.forward_needs_graph = True
-    return run(steered(step))
+    if step.findings.forward_needs_graph:
+        return run(steered(step))
+    try:
+        return run(torch.no_grad()(steered(step)))
+    except Exception as error:
+        # Missed gradients are a RuntimeError of autograd's, or a None where something is computed with it.
+        if not isinstance(error, (AttributeError, TypeError, AssertionError)) and "grad" not in str(error):
+            raise
+    losses = run(steered(step))
+    step.findings.forward_needs_graph = True
+    return losses
 
 
 def extents(step: Step, before: Sequence[MicroBatch]) -> list[tuple[int, torch.device]]:
@@ -56,7 +59,8 @@ def select(step: Step, before: Sequence[MicroBatch], after: Sequence[MicroBatch]
 
     Args:
         step: the step.
-        before: losses at w; none if no pass found those of all rows, which a random selection can do without.
+        before: losses at w; none if no pass found those of all rows, which a random selection can do without. It
+            then does not know either which rows have no weight.
         after: losses at w + e, if the selection needs them.
     """
     settings = step.settings

@@ -1,7 +1,8 @@
-"""ESAM's options are said in ``esam_kernels.options`` alone: command lines, ESAM and the README's table follow."""
+"""ESAM's options are said in ``esam_kernels.options`` alone: command lines, ESAM and the documents follow."""
 
 import argparse
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from esam_kernels.options import OPTIONS
 GIVEN = {
     "rho": (["--rho", "0.3"], 0.3),
     "adaptive": (["--adaptive"], True),
+    "ascent": (["--ascent", "previous"], "previous"),
+    "ascent_share": (["--ascent-share", "0.5"], 0.5),
+    "start": (["--start", "7"], 7),
     "beta": (["--beta", "0.7"], 0.7),
     "gamma": (["--gamma", "0.4"], 0.4),
     "granularity": (["--granularity", "element"], "element"),
@@ -50,7 +54,7 @@ def test_every_option_but_the_seed_can_be_given():
         (command, name)
         for command in (train, frontier, memory, step_cost, rounding)
         for name in GIVEN
-        if (command, name) != (step_cost, "interval")
+        if (command, name) not in ((step_cost, "interval"), (step_cost, "start"))
     ],
 )
 def test_an_option_that_is_given_reaches_esam(command, name):
@@ -64,11 +68,21 @@ def test_an_option_that_is_given_reaches_esam(command, name):
 
 def test_what_is_not_given_has_the_default_of_the_table():
     args = train.parse_args(["--device", "cpu"])
-    assert command_line.settings(args).esam == {name: option.default for name, option in OPTIONS.items()}
+    defaults = {name: option.default for name, option in OPTIONS.items()}
+    assert command_line.settings(args).esam == {**defaults, "rho": 0.05}
+
+
+@pytest.mark.parametrize(("ascent", "rho"), [("momentum", 0.3), ("previous", 0.1)])
+def test_a_radius_that_is_not_given_suits_the_direction_of_ascent(ascent, rho):
+    args = train.parse_args(["--device", "cpu", "--ascent", ascent])
+    assert args.rho == command_line.settings(args).esam["rho"] == rho
+    assert made_by(trainers.Settings(0.1, 0.9, 0.0), ascent)["rho"] == rho
+    given = trainers.Settings(0.1, 0.9, 0.0, {"ascent": ascent, "rho": 0.7})
+    assert made_by(given, ascent)["rho"] == 0.7
 
 
 def test_a_new_row_of_the_table_is_an_option_everywhere(monkeypatch, capsys):
-    """It is on the command lines, reaches ESAM, and stands in the README's table, with no edit in the benchmarks."""
+    """It is on the command lines, reaches ESAM, and stands in the documents' table, with no edit in the benchmarks."""
     new = dataclasses.replace(OPTIONS["interval"], name="warm_up", default=4, meaning="plain steps at first")
     monkeypatch.setitem(OPTIONS, new.name, new)
     seen = []
@@ -88,7 +102,7 @@ def test_a_recipe_has_radius_and_share_of_its_own_and_the_help_says_so(capsys):
     assert (args.rho, args.beta) == (0.1, 0.5)
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
-    assert "default: 0.05, for wrn28_10 0.1" in " ".join(capsys.readouterr().out.split())
+    assert "default: what suits --ascent, for wrn28_10 0.1" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_help_is_the_tables_sentence(capsys):
@@ -109,12 +123,16 @@ def test_the_ways_to_train_change_options_that_there_are(name):
     assert METHODS[name].trainer in trainers.TRAINERS
 
 
-def test_the_readmes_table_of_options_is_current():
+@pytest.mark.parametrize(
+    ("file", "name", "made"),
+    [("docs/options.md", "options", documents.options_table), ("README.md", "options:names", documents.option_names)],
+)
+def test_the_documents_have_every_option_as_it_is(file, name, made):
     """If this fails: ``python -m benchmarks report``."""
-    readme = report.README.read_text()
-    table = readme.partition("<!-- options -->")[2].partition("<!-- /options -->")[0].strip()
-    assert table == documents.options_table()
-    assert all(f"| `{name}` |" in table for name in OPTIONS)
+    text = (report.ROOT / file).read_text()
+    shown = text.partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0].strip()
+    assert shown == made()
+    assert all(re.search(rf"`{name}[`=]", shown) for name in OPTIONS)
 
 
 def test_adaptive_holds_for_every_implementation():

@@ -109,7 +109,15 @@ def test_agreement_is_of_the_same_draw_and_leaves_weights_and_precision_as_they_
 
 @pytest.mark.parametrize(
     ("options", "forwards"),
-    [({}, [16, 16, 8]), ({"gamma": 1.0}, [16, 16]), ({"selection": "loss"}, [16, 8]), ({"gamma": 0.25}, [16, 16, 4])],
+    [
+        ({}, [16, 16, 8]),
+        ({"gamma": 1.0}, [16, 16]),
+        ({"selection": "loss"}, [16, 8]),
+        ({"gamma": 0.25}, [16, 16, 4]),
+        ({"ascent": "momentum", "gamma": 1.0}, [16]),
+        ({"ascent": "previous", "selection": "random"}, [8]),
+        ({"ascent_share": 0.25}, [16, 4, 16, 8]),
+    ],
 )
 def test_the_floor_has_the_forwards_that_the_step_has(options, forwards):
     found = {}

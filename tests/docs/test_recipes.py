@@ -1,10 +1,12 @@
 """The code in docs/recipes.md is what runs here, on small models and data, followed by a check of what it promises."""
 
+import contextlib
 import copy
 import importlib.util
 import math
 import os
 import re
+import types
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,6 @@ import pytest
 import ranks
 import torch
 from networks import same, values
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -201,9 +202,68 @@ def test_language_model():
     recipe.check_trained(3)
     # The loss is the mean over all tokens, as cross_entropy has it by itself.
     model, optimizer = recipe.twin()
-    loss = optimizer.backward(batch_closure(model, recipe["token_loss"], tokens, labels))
+    loss = optimizer.backward(batch_closure(model, recipe["next_token_loss"], tokens, labels))
     expected = nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(loss, expected.detach())
+
+
+def test_class_weights_and_ignored_targets():
+    recipe = Recipe("Class weights and ignored targets")
+    weighted, labelled = recipe.blocks
+    recipe.run(weighted).check_trained()
+    inputs, targets = next(iter(recipe["loader"]))
+    model, optimizer = recipe.twin(gamma=1)
+    loss = optimizer.backward(batch_closure(model, recipe["weighted_loss"], inputs, targets))
+    own = nn.CrossEntropyLoss(recipe["class_weights"])
+    torch.testing.assert_close(loss, own(copy.deepcopy(recipe.start)(inputs), targets).detach())
+
+    recipe.names["loader"] = [(x, y.where(torch.rand(y.shape, device=DEVICE) < 0.7, -100)) for x, y in recipe["loader"]]
+    recipe.run(labelled).check_trained(2 * BATCHES)
+    inputs, targets = recipe["loader"][0]
+    assert (targets == -100).any()
+    model, optimizer = recipe.twin(gamma=1)
+    loss = optimizer.backward(batch_closure(model, recipe["labelled_loss"], inputs, targets))
+    torch.testing.assert_close(loss, nn.CrossEntropyLoss()(copy.deepcopy(recipe.start)(inputs), targets).detach())
+
+
+def test_ctc():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).to(DEVICE)
+    inputs, labels = torch.randn(24, 9, 4).to(DEVICE), torch.randint(1, 3, (24, 4)).to(DEVICE)
+    data = TensorDataset(inputs, labels, torch.randint(1, 5, (24,)).to(DEVICE))
+    recipe = Recipe("CTC", model=model, loader=DataLoader(data, batch_size=8)).run()
+    recipe.check_trained(3)
+    inputs, *targets = next(iter(recipe["loader"]))
+    model, optimizer = recipe.twin(gamma=1)
+    loss = optimizer.backward(batch_closure(model, recipe["ctc_loss"], inputs, targets))
+    log_probs = copy.deepcopy(recipe.start)(inputs).log_softmax(2).transpose(0, 1)
+    own = nn.CTCLoss()(log_probs, targets[0], torch.full((8,), 9), targets[1])
+    torch.testing.assert_close(loss, own.detach())
+
+
+def test_one_loss_of_the_whole_batch():
+    Recipe("One loss of the whole batch").run().check_trained()
+
+
+def test_batches_of_any_other_kind():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(0)).to(DEVICE)
+    images = [[torch.rand(1, 4 + i % 3, 5 + i % 2, device=DEVICE) for i in range(8)] for _ in range(3)]
+    loader = [(batch, torch.arange(8, device=DEVICE) % 3) for batch in images]
+    Recipe("Batches of any other kind", model=model, loader=loader).run().check_trained(3)
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(TypeError, match=r"closure\(index\) by hand"):
+        optimizer.backward(
+            batch_closure(model, nn.CrossEntropyLoss(), [image.numpy(force=True) for image in images[0]], None)
+        )
+
+
+def test_several_networks():
+    norm = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    recipe = Recipe("Several networks", model=norm.to(DEVICE)).run()
+    recipe.check_trained()
+    for module in (recipe["model"][1], recipe["model"][3]):
+        assert module.num_batches_tracked == BATCHES  # once a step
 
 
 def test_torch_compile(monkeypatch):
@@ -365,13 +425,31 @@ def test_fine_tuning_with_frozen_layers():
 
 
 def test_from_davda54_sam():
-    recipe = Recipe("From davda54/sam").run()
-    recipe.check_trained()
+    recipe = Recipe("From davda54/sam")
+    plain, with_scaler = recipe.blocks
+    recipe.run(plain).check_trained()
     model, optimizer = recipe.twin(beta=1, gamma=1)
     for batch in recipe["loader"]:
         optimizer.step(batch_closure(model, recipe["loss_fn"], *batch))
     for mine, theirs in zip(recipe["model"].parameters(), model.parameters()):
         torch.testing.assert_close(mine, theirs)
+
+    recipe.names["torch"] = without_autocast = types.ModuleType("torch")  # to compare, in float32
+    vars(without_autocast).update(vars(torch), autocast=lambda *_: contextlib.nullcontext())
+    recipe.run(with_scaler).check_trained(2 * BATCHES)
+    for batch in recipe["loader"]:
+        optimizer.step(batch_closure(model, recipe["loss_fn"], *batch))
+    for mine, theirs in zip(recipe["model"].parameters(), model.parameters()):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+    assert recipe["scaler"].get_scale() == torch.amp.GradScaler(DEVICE).get_scale()  # nothing has overflowed
+
+    recipe.names["torch"] = torch
+    recipe.run(with_scaler).check_trained(3 * BATCHES)
+    recipe["model"][0].weight.register_hook(lambda grad: grad * math.inf)
+    before = [param.detach().clone() for param in recipe["model"].parameters()]
+    recipe.run(with_scaler)
+    assert same(recipe["model"].parameters(), before)
+    assert recipe["scaler"].get_scale() < torch.amp.GradScaler(DEVICE).get_scale()
 
 
 # Many processes: each of two runs the recipe on its own half of the batches.
@@ -462,7 +540,7 @@ class Digits:
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        digits = load_digits()
+        digits = pytest.importorskip("sklearn.datasets").load_digits()
         order = torch.randperm(len(digits.target))
         images, labels = (
             torch.tensor(digits.data / 16.0, dtype=torch.float32)[order],

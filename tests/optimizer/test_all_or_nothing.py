@@ -346,9 +346,10 @@ def test_an_exception_at_any_line_of_first_step() -> None:
     setup = Setup(gamma=1.0, beta=1.0)  # whatever the number of the step
     setup.optimizer.zero_grad()
     nn.functional.cross_entropy(setup.model(torch.ones(4, 6)), torch.ones(4, dtype=torch.long)).backward()
+    before, count = setup.snapshot(), setup.optimizer.param_groups[0]["esam_step"]
     found = places(setup.optimizer.first_step)
     setup.optimizer.restore()
-    before = setup.snapshot()
+    setup.optimizer.param_groups[0]["esam_step"] = count  # the same draw, and so the same lines
     for place in found:
         with pytest.raises(PlantedError):
             at_lines(act_once(place, plant), setup.optimizer.first_step)
@@ -361,14 +362,16 @@ def test_an_exception_at_any_line_of_restore_leaves_it_to_be_done_again() -> Non
     setup = Setup(gamma=1.0, beta=1.0)  # whatever the number of the step
     setup.optimizer.zero_grad()
     nn.functional.cross_entropy(setup.model(torch.ones(4, 6)), torch.ones(4, dtype=torch.long)).backward()
+    before, count = setup.snapshot(), setup.optimizer.param_groups[0]["esam_step"]
+
     setup.optimizer.first_step()
     found = places(setup.optimizer.restore)
-    before = setup.snapshot()
+    setup.optimizer.param_groups[0]["esam_step"] = count  # each first_step counts
     for place in found:
         setup.optimizer.first_step()
         with pytest.raises(PlantedError):
             at_lines(act_once(place, plant), setup.optimizer.restore)
         if setup.optimizer._progress.perturbation is not None:
             setup.optimizer.restore()
-        setup.optimizer._set_step_count(setup.optimizer._step_count - 1)  # it has counted once
+        setup.optimizer.param_groups[0]["esam_step"] = count  # each first_step counts
         assert_same(setup.snapshot(), before)

@@ -5,12 +5,12 @@ import itertools
 import warnings
 
 import pytest
-import pytorch_optimizer
 import torch
 from networks import BASES, batches, cross_entropy, grads, mlp, perturbed, same, train, values
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from esam_kernels import ESAM, batch_closure
+from esam_kernels import ESAM, batch_closure, current_pass, first_pass
 from esam_kernels.ops import ElementMask
 from esam_kernels.passes import evaluate
 from esam_kernels.passes.draw import draw_tensors
@@ -147,14 +147,16 @@ WITH_FIRST_MOMENT = {
     "NAdam": (torch.optim.NAdam, {}, "exp_avg"),
     "RAdam": (torch.optim.RAdam, {}, "exp_avg"),
     "RMSprop": (torch.optim.RMSprop, {"momentum": 0.9}, "momentum_buffer"),
-    "Lion": (pytorch_optimizer.Lion, {}, "exp_avg"),
-    "AdaFactor": (pytorch_optimizer.AdaFactor, {"betas": (0.9, 0.999)}, "exp_avg"),
+    "Lion": ("Lion", {}, "exp_avg"),  # by name, those of pytorch_optimizer
+    "AdaFactor": ("AdaFactor", {"betas": (0.9, 0.999)}, "exp_avg"),
 }
 
 
 @pytest.mark.parametrize("name", WITH_FIRST_MOMENT)
 def test_momentum_goes_against_the_first_moment_of_many_bases(name):
     kind, options, key = WITH_FIRST_MOMENT[name]
+    if isinstance(kind, str):
+        kind = getattr(pytest.importorskip("pytorch_optimizer"), kind)
     model = network()
     optimizer = ESAM(model.parameters(), kind, **options, ascent="momentum", rho=0.7, beta=1, gamma=1)
     train(model, optimizer, data(3))
@@ -366,6 +368,70 @@ def test_a_share_of_the_rows_gives_the_ascent_its_gradient():
     torch.testing.assert_close(loss, cross_entropy(model(inputs[rows]), targets[rows]).mean().detach())
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_random_rows_of_micro_batches_that_no_forward_has_measured_add_up_to_their_mean(weighted):
+    model, seen = network(), []
+    inputs, targets = data(1)[0]
+    weights = torch.rand(SIZE, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+    def loss_fn(outputs, batch):
+        seen.append((batch[1], cross_entropy(outputs, batch[0])))
+        return (seen[-1][1], weights[batch[1]]) if weighted else seen[-1][1]
+
+    rows = torch.arange(SIZE)
+    closures = [
+        batch_closure(model, loss_fn, x, (y, i))
+        for x, y, i in zip(*(t.split([5, 1, 10]) for t in (inputs, targets, rows)))
+    ]
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, ascent="momentum", selection="random")
+    loss = optimizer.backward(closures)
+    chosen = torch.cat([index for index, _ in seen])
+    assert [len(index) for index, _ in seen] == [2, 1, 5]
+    twin = network()
+    w = weights[chosen] if weighted else torch.ones(8, dtype=torch.float64)
+    expected = (cross_entropy(twin(inputs[chosen]), targets[chosen]) * w).sum() / w.sum()
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    for mine, theirs in zip(grads(model), grads(twin)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-13)
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses what would make the host wait for a device, if the tensors were on one."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (
+            torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero,
+            torch.ops.aten.masked_select, torch.ops.aten.is_nonzero,
+        ), func  # fmt: skip
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ascent": "momentum"},
+        {"ascent": "momentum", "gamma": 1},
+        {"ascent": "previous", "selection": "random"},
+        {"ascent": "previous", "gamma": 1, "adaptive": True},
+        {"ascent_share": 0.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_asks_for_no_number_from_the_device(options, scaled):
+    model = network()
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, **options)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    for batch in data(3):
+        with NoSync():
+            optimizer.backward(batch_closure(model, cross_entropy, *batch), scaler)
+            optimizer.step()
+    item = torch.ones(())
+    with NoSync(), pytest.raises(AssertionError):
+        item.item()
+
+
 SETTINGS = [
     {"ascent": "momentum"},
     {"ascent": "momentum", "gamma": 1},
@@ -464,3 +530,64 @@ def test_zero_redundancy_optimizer_is_refused(one_rank):
     for ascent in ("momentum", "previous"):
         with pytest.raises(ValueError, match=r"ZeroRedundancyOptimizer.*one rank.*'gradient'.*fully_shard"):
             ESAM(network().parameters(), ZeroRedundancyOptimizer, optimizer_class=torch.optim.Adam, ascent=ascent)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_share_of_the_rows_needs_a_loss_for_each(by_hand):
+    """One loss in all has no rows, also where no others are selected."""
+    model = network()
+    closure = batch_closure(model, lambda *batch: cross_entropy(*batch).mean(), *data(1)[0])
+    given = (lambda index: closure(index)) if by_hand else closure
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, gamma=1, ascent_share=0.5, model=model)
+    with pytest.raises(ValueError, match=r"scalar.*gamma=1 \(and ascent_share=1\)"):
+        optimizer.backward(given)
+    optimizer.param_groups[0]["ascent_share"] = 1
+    optimizer.backward(given)
+
+
+def test_batch_norm_gets_two_rows_of_the_smallest_share():
+    model = mlp(nn.BatchNorm1d(8))
+    sizes = []
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    train(model, ESAM(model.parameters(), torch.optim.SGD, lr=0.1, gamma=1, ascent_share=0.01), batches(1))
+    assert sizes == [2, 8]
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        ({"ascent": "momentum"}, ["survey", "look", "descend"]),
+        ({"ascent": "momentum", "gamma": 1}, ["descend"]),
+        ({"ascent_share": 0.5}, ["survey", "ascend", "look", "descend"]),
+        ({"ascent_share": 0.5, "gamma": 1}, ["ascend", "descend"]),
+    ],
+    ids=str,
+)
+def test_a_model_can_tell_the_first_of_the_passes(options, passes):
+    model, seen = mlp(), []
+    model.register_forward_pre_hook(lambda *_: seen.append((current_pass(), first_pass())))
+    train(model, ESAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, **options), batches(1))
+    assert seen == [(name, passes[0]) for name in passes]
+    assert current_pass() is None
+
+
+@pytest.mark.parametrize("options", [{"ascent": "momentum", "gamma": 1}, {"ascent": "previous", "gamma": 1}], ids=str)
+def test_weights_that_a_forward_writes_are_put_back_when_the_only_pass_fails(options):
+    """``nn.Embedding(max_norm=...)`` writes them; the perturbation's writes are not taken for such."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(8, 4, max_norm=0.5), nn.Flatten(), nn.Linear(8, 3))
+    inputs, targets = torch.randint(8, (6, 2)), torch.randint(3, (6,))
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.5, momentum=0.9, beta=1, **options)
+
+    def failing(index):
+        model(inputs)
+        raise InterruptedError
+
+    failing.model = model
+    for _ in range(3):
+        before = values(model)
+        with pytest.raises(InterruptedError):
+            optimizer.backward(failing)
+        assert same(before, values(model))
+        optimizer.step(batch_closure(model, cross_entropy, inputs, targets))
+    assert optimizer._progress.findings.written == [0]

@@ -1,11 +1,11 @@
 """A base optimizer that has a rho, gamma or seed of its own in its groups keeps it, and ESAM's stands beside it."""
 
 import copy
+import importlib.util
 
 import pytest
 import torch
 from networks import batches, cross_entropy, mlp, same, train, values
-from pytorch_optimizer import AvaGrad
 
 from esam_kernels import ESAM
 
@@ -41,7 +41,12 @@ class InDefaults(Seeded):
         super().fill()
 
 
-BASES = [(kind, ready) for kind in (Seeded, InDefaults, AvaGrad) for ready in (False, True)]
+KINDS = [Seeded, InDefaults]
+if importlib.util.find_spec("pytorch_optimizer"):
+    from pytorch_optimizer import AvaGrad
+
+    KINDS.append(AvaGrad)
+BASES = [(kind, ready) for kind in KINDS for ready in (False, True)]
 
 
 def make(kind, ready: bool, model, **options) -> ESAM:

@@ -3,6 +3,7 @@
 from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import MutableMapping
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -146,6 +147,33 @@ def test_numbers_and_none_are_passed_on(value):
 )
 def test_what_has_no_rows_is_refused_with_its_path_and_the_fix(inputs, targets, error, words):
     with pytest.raises(error, match=words):
+        batch_closure(Seen(), cross_entropy, inputs, targets)
+
+
+class Graphs:
+    """As torch_geometric's batches: an object of tensors, of which some have a row for each node."""
+
+    x, batch = torch.randn(9, 4), torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets"),
+    [
+        ([torch.rand(3, 8, 9), torch.rand(3, 7, 5)], torch.tensor([0, 1])),
+        (["some", "text"], torch.tensor([0, 1])),
+        (np.ones((2, 3)), torch.tensor([0, 1])),
+        ((torch.rand(2, 5, 4), (torch.zeros(1, 2, 8), torch.zeros(1, 2, 8))), torch.tensor([0, 1])),
+        (Graphs(), torch.tensor([0, 1, 1])),
+        (torch.rand(3, 8, 9), [{"boxes": torch.rand(4, 4)}, {"boxes": torch.rand(1, 4)}]),
+        (torch.tensor(0.5), None),
+        (None, None),
+    ],
+    ids=["images", "strings", "array", "state of an LSTM", "graphs", "boxes", "scalar", "nothing"],
+)
+def test_a_batch_of_another_kind_is_refused_with_the_closure_that_takes_it(inputs, targets):
+    with pytest.raises(
+        (ValueError, TypeError), match=r"write closure\(index\) by hand, which returns the losses .* model"
+    ):
         batch_closure(Seen(), cross_entropy, inputs, targets)
 
 

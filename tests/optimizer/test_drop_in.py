@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 from networks import BASES, batches, cross_entropy, grads, mlp, perturbed, same, train, values
-from pytorch_optimizer import SAM
 from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -497,9 +496,10 @@ def test_without_a_scaler_an_overflow_in_pass_1_perturbs_nothing():
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("zero_grad", [False, True])
 def test_first_and_second_step_are_those_of_sam(base, adaptive, zero_grad):
+    sam = pytest.importorskip("pytorch_optimizer").SAM
     kind, options = BASES[base]
     sides = []
-    for make in (SAM, partial(ESAM, beta=1.0, gamma=1.0)):
+    for make in (sam, partial(ESAM, beta=1.0, gamma=1.0)):
         model = mlp(dtype=torch.float64)
         optimizer = make(model.parameters(), kind, rho=0.3, adaptive=adaptive, **options)
         for inputs, targets in batches(10, dtype=torch.float64):

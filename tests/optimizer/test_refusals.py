@@ -93,6 +93,12 @@ def test_a_base_that_cannot_serve(base, options, error, words):
         ESAM(mlp().parameters(), base, **options)
 
 
+@pytest.mark.parametrize("model", [[nn.Linear(1, 1), nn.Linear(1, 1)], (nn.Linear(1, 1),), "resnet18"], ids=str)
+def test_networks_that_are_no_module(model):
+    with pytest.raises(TypeError, match=r"model is .*several networks as one nn\.ModuleList"):
+        sgd(mlp(), model=model)
+
+
 def test_ready_lbfgs():
     with pytest.raises(ValueError, match=r"LBFGS.*closure"):
         ESAM(None, torch.optim.LBFGS(mlp().parameters()))

@@ -5,7 +5,6 @@ import itertools
 
 import pytest
 import torch
-from pytorch_optimizer import SAM
 from torch import Tensor, nn
 
 from esam_kernels import ESAM, batch_closure
@@ -51,7 +50,7 @@ def test_beta_and_gamma_of_one_are_sam(base: str, adaptive: bool, granularity: s
     kind, options = BASES[base]
     rho = 0.5 if adaptive else 0.05
     ours, theirs = network(), network()
-    sam = SAM(theirs.parameters(), kind, rho=rho, adaptive=adaptive, **options)
+    sam = pytest.importorskip("pytorch_optimizer").SAM(theirs.parameters(), kind, rho=rho, adaptive=adaptive, **options)
     for inputs, targets in batches():
 
         def closure(inputs: Tensor = inputs, targets: Tensor = targets) -> None:
