@@ -312,7 +312,7 @@ class RandomDirectionTrainer(PerturbingTrainer):
     def __init__(self, model: nn.Module, settings: Settings, device: torch.device, loss_fn: LossFunction) -> None:
         super().__init__(model, settings, device, loss_fn)
         # Another stream than that of the initial weights and of the batches, with which it would be correlated.
-        self.generator = torch.Generator(device).manual_seed(settings.seed + 2**32)
+        self.generator = torch.Generator(device).manual_seed(settings.seed + 2**31)  # a CPU takes 32 bits of it
 
     def direction(self) -> tuple[list[Tensor], list[Tensor]]:
         """Normal deviates in the weights' shapes."""
