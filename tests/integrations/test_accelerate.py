@@ -133,12 +133,18 @@ def test_with_a_scaler(accelerator, overflows):
     scaler = torch.amp.GradScaler("cpu")
     prepared = accelerate.optimizer.AcceleratedOptimizer(optimizer, scaler=scaler)
     before = [param.detach().clone() for param in model.parameters()]
-    scaler.scale(each(model(DATA[0][0]), DATA[0][1]).mean()).backward()
-    with pytest.raises(RuntimeError, match=r"GradScaler\.step\(\) was given a closure"):
-        prepared.step(closure_of(accelerator, model, prepared, *DATA[0]))
     if overflows:
         model[0].weight.register_hook(lambda grad: grad * torch.inf)
     optimizer.backward(batch_closure(model, each, *DATA[0]), scaler)
     prepared.step()
     assert prepared.step_was_skipped == overflows
     assert same(model.parameters(), before) == overflows
+
+
+def test_a_scaler_is_refused_with_an_ordinary_closure(accelerator):
+    model, optimizer = make()
+    scaler = torch.amp.GradScaler("cpu")
+    prepared = accelerate.optimizer.AcceleratedOptimizer(optimizer, scaler=scaler)
+    scaler.scale(cross_entropy(model(DATA[0][0]), DATA[0][1])).backward()
+    with pytest.raises(RuntimeError, match=r"GradScaler\.step\(\) was given a closure"):
+        prepared.step(closure_of(accelerator, model, prepared, *DATA[0]))
