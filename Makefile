@@ -5,24 +5,22 @@ READY := .venv/ready
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 
-GPU_BENCHMARKS := $(addprefix bench-gpu-,train step-cost step-cost-bf16 frontier operators memory rounding)
-
-.PHONY: bench results test test-newest attack docs wheel wheel-test check format sanitize test-gpu bench-gpu $(GPU_BENCHMARKS) sanitize-gpu clean
+.PHONY: bench results test test-newest attack docs wheel wheel-test check format sanitize test-gpu gpu sanitize-gpu clean
 
 bench: $(READY)  # what SGD, SAM and ESAM cost and buy here, in short, with a report in build/bench; 6 minutes on 2 cores
-	$(BIN)/python -m benchmarks train --epochs 20 --output build/bench
-	$(BIN)/python -m benchmarks step_cost --quick --output build/bench
+	$(BIN)/python -m benchmarks train --epochs 20 --restart --output build/bench
+	$(BIN)/python -m benchmarks step_cost --quick --restart --output build/bench
 	$(BIN)/python -m benchmarks frontier --quick --restart --output build/bench
-	$(BIN)/python -m benchmarks memory --output build/bench
+	$(BIN)/python -m benchmarks memory --restart --output build/bench
 	$(BIN)/python -m benchmarks report --results build/bench
 
 results: $(READY)  # the same in full, into benchmarks/results and the README; 40 minutes on 2 quiet cores
-	$(BIN)/python -m benchmarks train
-	$(BIN)/python -m benchmarks step_cost --time-budget 900
+	$(BIN)/python -m benchmarks train --restart
+	$(BIN)/python -m benchmarks step_cost --time-budget 900 --restart
 	$(BIN)/python -m benchmarks frontier --restart
-	$(BIN)/python -m benchmarks memory
-	$(BIN)/python -m benchmarks rounding
-	$(BIN)/python -m benchmarks operators --models ResNet-18 ViT-B/16 --repeats 5
+	$(BIN)/python -m benchmarks memory --restart
+	$(BIN)/python -m benchmarks rounding --restart
+	$(BIN)/python -m benchmarks operators --models ResNet-18 ViT-B/16 --repeats 5 --restart
 	$(BIN)/python -m benchmarks report
 
 test: $(READY)  # the whole test suite; needs no GPU
@@ -55,7 +53,7 @@ attack: $(READY)  # exceptions at any instant of a step, for 10 minutes: nothing
 	PYTHONPATH=. $(BIN)/python tests/attack.py --minutes 10 --output build/attack.json
 
 docs: $(READY)  # the site in build/site; needs no network, and fails on a dead link
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "Written to build/site: open index.html, or run '$(BIN)/mkdocs serve' to see what you write"
 
 check: $(READY)
@@ -78,54 +76,21 @@ sanitize: $(READY)
 	$(BIN)/python -m pytest -q --capture=sys tests/operators/test_operators.py tests/operators/test_native.py tests/operators/test_cuda_kernels_emulated.py \
 		-k "native-cpu or threads or version or differ or larger or refuse or emulated"
 
-# Everything that needs a GPU, in under 9 minutes, with the Python that is there: it needs no network and no environment.
+# Tests on a GPU, in under 7 minutes, with the Python that is there: they need no network and no environment. Triton's
+# operators and the reference are tested even where the native ones cannot be built.
 test-gpu: export PYTHONPATH := .
 test-gpu:
-	timeout 120 $(PYTHON) setup.py --quiet build_ext --inplace
+	timeout 120 $(PYTHON) setup.py --quiet build_ext --inplace || echo 'The native operators were not built: going on without.' >&2
 	status=0; \
-	timeout 150 $(PYTHON) -m pytest -q -p no:cacheprovider tests/operators/test_operators.py || status=$$?; \
 	timeout 90 $(PYTHON) -m pytest -q -p no:cacheprovider -m gpu $(shell grep -rl --include=test_*.py mark.gpu tests) || status=$$?; \
-	timeout 180 $(PYTHON) -m benchmarks operators --device cuda || status=$$?; \
+	timeout 150 $(PYTHON) -m pytest -q -p no:cacheprovider tests/operators/test_operators.py || status=$$?; \
 	exit $$status
 
-# The benchmarks in full on a GPU, with the Python that is there, where test-gpu has built the library; each part ends
-# within 9 minutes, by itself or by force. SAM's row is there where the package pytorch_optimizer is.
-# CIFAR10: cifar-10-python.tar.gz, its folder, or a pack of JPEG files.
-ON_GPU = PYTHONPATH=. timeout 540 $(PYTHON) -m benchmarks
-ON_CIFAR10 = --device cuda --data cifar10 --data-file "$(CIFAR10)" --channels-last
-
-# A part that fails keeps neither the others nor the report from being made.
-bench-gpu:
-	status=0; \
-	for part in $(GPU_BENCHMARKS); do $(MAKE) --no-print-directory $$part || status=1; done; \
-	PYTHONPATH=. $(PYTHON) -m benchmarks report || status=1; \
-	exit $$status
-
-bench-gpu-train bench-gpu-frontier: need-cifar10
-.PHONY: need-cifar10
-need-cifar10:
-	@test -e "$(CIFAR10)" || { echo 'CIFAR10="$(CIFAR10)" is no file or folder: give CIFAR10=cifar-10-python.tar.gz' >&2; exit 1; }
-
-bench-gpu-train:
-	$(ON_GPU) train $(ON_CIFAR10) --epochs 30 --time-budget 500
-
-bench-gpu-step-cost:
-	$(ON_GPU) step_cost --device cuda --channels-last
-
-bench-gpu-step-cost-bf16:
-	$(ON_GPU) step_cost --device cuda --channels-last --amp bf16
-
-bench-gpu-frontier:
-	$(ON_GPU) frontier $(ON_CIFAR10) --time-budget 500
-
-bench-gpu-operators:
-	$(ON_GPU) operators --device cuda
-
-bench-gpu-memory:
-	$(ON_GPU) memory --device cuda
-
-bench-gpu-rounding:
-	$(ON_GPU) rounding --device cuda
+# All that a GPU is needed for, in the order of its worth, within MINUTES; given again, it goes on with what is left.
+# CIFAR10: cifar-10-python.tar.gz, its folder, or an .npz; without it, accuracy is left out. Results are in build/gpu.
+MINUTES ?= 9.5
+gpu:
+	PYTHONPATH=. $(PYTHON) -m benchmarks gpu --minutes $(MINUTES) $(if $(CIFAR10),--data-file "$(CIFAR10)")
 
 # The native CUDA operators' tests under compute-sanitizer.
 sanitize-gpu: export PYTHONPATH := .

@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from . import options, sharpness
 from .base import check_ascent, check_params, check_storage, keep_contents, make_base, of_base, params_of, storage_of
-from .closure import Closure
+from .bases import each_of
+from .closure import Closure, modules_behind
 from .eager import eager
 from .last_step import LastStep
 from .model_state import Findings, FoundModels, ModelState
@@ -41,8 +42,14 @@ def _registers_for_owner(name: str) -> Any:
     return register
 
 
-def _call_for_owner(owner: "ESAM", hook: Callable[..., Any], _base: torch.optim.Optimizer, *args: Any) -> Any:
-    return hook(owner, *args)
+def _call_for_owner(owner: "ESAM", hook: Callable[..., Any], base: torch.optim.Optimizer, *args: Any) -> Any:
+    """Call a hook with the ESAM in place of its base, also among the arguments of a step, which it may replace."""
+    result = hook(owner, *(_exchanged(arg, base, owner) for arg in args))
+    return tuple(_exchanged(item, owner, base) for item in result) if isinstance(result, tuple) else result
+
+
+def _exchanged(value: Any, one: Any, other: Any) -> Any:
+    return tuple(other if item is one else item for item in value) if isinstance(value, tuple) else value
 
 
 @dataclass
@@ -85,7 +92,10 @@ class ESAM(torch.optim.Optimizer):
     Args:
         params: parameters or parameter groups, as for any optimizer; groups may have options of their own that are
             said to be per parameter group. None, or the same parameters, if ``base`` is an optimizer already.
-        base: class of the base optimizer, made with ``base_options``; or a ready optimizer.
+        base: class of the base optimizer, made with ``base_options``; or a ready optimizer; or a list of ready ones,
+            each with parameters of its own, such as ``[torch.optim.Muon(matrices), torch.optim.AdamW(others)]``. They
+            are perturbed together, with one norm, and groups, state and checkpoints are those of all, one after
+            another; a new group goes to the last.
     {options}
         model: the model, if closures are written by hand: its buffers are kept from the extra passes. Several networks
             are given as one ``nn.ModuleList``.
@@ -101,7 +111,7 @@ class ESAM(torch.optim.Optimizer):
     def __init__(
         self,
         params: Any,
-        base: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        base: type[torch.optim.Optimizer] | torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         model: nn.Module | None = None,
         **base_options: Any,
@@ -110,22 +120,23 @@ class ESAM(torch.optim.Optimizer):
             raise TypeError(f"model is {model!r}: give a module, and several networks as one nn.ModuleList")
         # Optimizer.__init__ is not called: it would make groups, state and hooks beside the base optimizer's.
         given = {name: base_options.pop(name) for name in OPTIONS if name in base_options}
-        base, keys = make_base(params, base, base_options)
-        values = options.make(given, "betas" in base.defaults)
+        made, keys = make_base(params, base, base_options)
+        values = options.make(given, "betas" in made.defaults)
         settings = {keys[name]: value for name, value in values.items()}
         # What a group says of itself holds, unless another ESAM said it, whose checkpoint the base has loaded.
-        groups = [settings if STEP in group else {**settings, **group} for group in base.param_groups]
+        groups = [settings if STEP in group else {**settings, **group} for group in made.param_groups]
         groups = [{key: group[key] for key in settings} for group in groups]
         shared, own = options.read(groups, keys)
-        check_ascent(base, shared.ascent, [group for group, one in zip(base.param_groups, own) if one.rho > 0])
-        check_params(base.param_groups)
-        check_storage(params_of(base.param_groups))
-        self.base: torch.optim.Optimizer = base
+        check_ascent(made, shared.ascent, [group for group, one in zip(made.param_groups, own) if one.rho > 0])
+        check_params(made.param_groups)
+        check_storage(params_of(made.param_groups))
+        self.base: torch.optim.Optimizer = made
         self.model = model
         self._keys = keys
         self._progress = _Progress()
-        base.defaults.update(settings)
-        for group, own_settings in zip(base.param_groups, groups):
+        for each in each_of(made):
+            each.defaults.update(settings)
+        for group, own_settings in zip(made.param_groups, groups):
             group.update(own_settings)
 
     # One truth: the base optimizer's, whose hooks are called with this optimizer.
@@ -207,13 +218,14 @@ class ESAM(torch.optim.Optimizer):
         """
         self._require_idle("add_param_group()")
         shared = {key: self.param_groups[0][key] for name, key in self._keys.items() if not STORED[name].per_group}
-        self.base.add_param_group({**shared, **param_group})
+        put_back = keep_contents(self.base)
         try:
+            self.base.add_param_group({**shared, **param_group})
             options.read(self.param_groups, self._keys)
             check_params(self.param_groups)
             check_storage(params_of(self.param_groups))
-        except ValueError:
-            self.param_groups.pop()
+        except BaseException:
+            put_back()
             raise
 
     @eager
@@ -354,14 +366,19 @@ class ESAM(torch.optim.Optimizer):
             self._progress.phase = ""
             self._progress.ordinary = None
             self._progress.last = last
-            self._progress.has_gradient = True
+            # An ordinary closure's is used up within step(): where that fails, the next one begins anew.
+            self._progress.has_gradient = step.ordinary is None
             return loss
 
         return step.rollback.run(work)
 
     @property
     def last_step(self) -> LastStep | None:
-        """What the last ``backward()``, ``step(closure)`` or ``first_step()`` did; None before the first."""
+        """What the last ``backward()``, ``step(closure)`` or ``first_step()`` did; None before the first.
+
+        It has ``sharp``, the direction's ``norm``, ``loss``, ``perturbed_loss``, and how many ``rows`` and ``weights``
+        were taken. To hold it costs nothing; to read one of its tensors waits for the device.
+        """
         return self._progress.last
 
     # The two halves of a step as in davda54/sam, for code that is written so.
@@ -505,9 +522,10 @@ class ESAM(torch.optim.Optimizer):
         return copy_gradients(params_of(groups), self.state)
 
     def _model_state(self, closures: Sequence[Closure] = (), models: Sequence[nn.Module | None] = ()) -> ModelState:
-        models = [self.model, *models, *(getattr(one, name, None) for one in closures for name in ("model", "loss_fn"))]
         # A closure written by hand may call anything its model.
-        return ModelState([model for model in models if isinstance(model, nn.Module)], params_of(self.param_groups))
+        behind = [getattr(one, name, None) for one in closures for name in ("model", "loss_fn")]
+        found = [module for one in (self.model, *models, *behind) for module in modules_behind(one)]
+        return ModelState(found, params_of(self.param_groups))
 
     def _warn_of_plain_step(self) -> None:
         # What does not move, as the step by which torch.distributed.checkpoint makes the state, means nothing else.
@@ -550,7 +568,8 @@ class ESAM(torch.optim.Optimizer):
 
 
 ESAM.__doc__ = (ESAM.__doc__ or "").replace("    {options}", options.documentation("        "))
-ESAM.__init__.__signature__ = options.signature(inspect.signature(ESAM.__init__))
+# Of the function in the decorator, where who unwraps it finds the options too, as the docs' builder does.
+inspect.unwrap(ESAM.__init__).__signature__ = options.signature(inspect.signature(ESAM.__init__))
 
 
 def _check_closures(closure: Closure | Sequence[Closure]) -> list[Closure]:
@@ -582,4 +601,4 @@ def _takes_no_index(closure: Any) -> bool:
         return False
     index = bound.signature.parameters[next(iter(bound.arguments))]
     # A default that is something binds a variable of a loop, as in lambda inputs=inputs: ...
-    return index.default is not inspect.Parameter.empty and index.default is not None
+    return index.name != "index" and index.default is not inspect.Parameter.empty and index.default is not None

@@ -29,8 +29,15 @@ WITHOUT_PASS: dict[str, Callable[[Step], Ascent]] = {"momentum": along_momentum,
 
 def backward(step: Step) -> LastStep:
     """Leave the step's gradient in ``.grad``."""
+    for closure in batch_closures(step):
+        closure.begin()
     sharp = step.weights and is_sharp(step.settings, step.number)
     return sharp_backward(step) if sharp else plain_backward(step)
+
+
+def batch_closures(step: Step) -> list[BatchClosure]:
+    """Those of the closures that know their batch."""
+    return [closure for closure in step.closures if isinstance(closure, BatchClosure)]
 
 
 def plain_backward(step: Step) -> LastStep:
@@ -39,8 +46,10 @@ def plain_backward(step: Step) -> LastStep:
     enter(step, "descend")
     rows: list[Tensor | None] = [None] * len(step.closures)
     losses = descend_by_closure(step, step.ordinary) if step.ordinary else descend(step, rows)
+    for closure in batch_closures(step):
+        closure.leave_weights()
     start.written.first_pass_has_run()
-    leave()
+    leave(step)
     return LastStep(False, rows=counts(step.closures, rows, losses), _at_weights=losses)
 
 
@@ -52,7 +61,7 @@ def sharp_backward(step: Step) -> LastStep:
             "select_over='all' may leave out a micro-batch on one rank and not on another, where every rank has to "
             "gather the sharded weights for it: set select_over='micro_batch'"
         )
-    todo = passes(settings, all(isinstance(closure, BatchClosure) for closure in step.closures))
+    todo = passes(settings, len(batch_closures(step)) == len(step.closures))
     several = len(todo) > 1
     start = state.keep(step.rollback, step.findings, several)
     use_replicas = state.bypass_replicas(step.rollback, step.ordinary is not None) if several else None
@@ -62,16 +71,18 @@ def sharp_backward(step: Step) -> LastStep:
     if "survey" in todo:
         enter(step, "survey")
         surveyed = look(step, start)
-        put_back_first = state.keep_first_pass(start)
+        put_back_first = state.keep_first_pass(start, step.findings)
     if "ascend" in todo:
         enter(step, "ascend")
         if surveyed:
             start.buffers()
         ascent = ascend_by_closure(step, step.ordinary) if step.ordinary else ascend(step, surveyed)
-        put_back_first = put_back_first or state.keep_first_pass(start)
+        put_back_first = put_back_first or state.keep_first_pass(start, step.findings)
     else:
         ascent = WITHOUT_PASS[settings.ascent](step)
     before = surveyed or (ascent.losses if settings.ascent_share == 1 else [])  # of all rows at w, if they are known
+    for closure in batch_closures(step):
+        closure.leave_weights()
     perturbation = perturb(step, ascent)
     if not several:
         start.written.first_pass_begins()
@@ -100,7 +111,7 @@ def sharp_backward(step: Step) -> LastStep:
     restore(step, perturbation)
     if put_back_first is not None:
         put_back_first()
-    leave()
+    leave(step)
     return LastStep(
         True,
         perturbation.norm,

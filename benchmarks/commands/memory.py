@@ -55,11 +55,13 @@ def _mlp(*widths: int) -> nn.Module:
 
 
 CASES = {
+    "tiny": Case("MLP of 2 layers of width 16", lambda: _mlp(48, 16, 10), (8, 3, 4, 4)),
     "resnet18": Case("ResNet-18 of width 32", lambda: models.build("resnet18", width=32), (64, 3, 32, 32)),
     "mlp": Case("MLP of 12 layers of width 1024", lambda: _mlp(3072, *[1024] * 11, 10), (64, 3, 32, 32)),
 }
 
 
+LARGE = ["resnet18", "mlp"]
 ROWS = (
     "sgd",
     "sgd-4-micro-batches",
@@ -132,7 +134,7 @@ def drawn_bytes(params: Sequence[Tensor], method: Method, settings: Settings) ->
 def make_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = command_line.base_parser(__doc__ or "")
-    parser.add_argument("--models", nargs="+", choices=CASES, default=[*CASES], help="default: all")
+    parser.add_argument("--models", nargs="+", choices=CASES, default=LARGE, help="default: all but tiny")
     command_line.add_esam(parser)
     parser.set_defaults(**SGD)
     return parser

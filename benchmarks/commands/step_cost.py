@@ -84,6 +84,7 @@ TIMED = (
     "esam-reference",
     "esam-authors",
 )
+OF_THE_JOB = ("rounds", "time_budget", "if_possible")  # options that say nothing of what is measured
 FORMER_NAMES = {"esam-gamma": "esam-gamma1", "esam-beta": "esam-beta1", "esam-interval": "esam-interval2"}
 ALWAYS = ("sgd", "sgd-again", "esam")
 BACKENDS = ("triton", "native", "reference")
@@ -262,7 +263,7 @@ def prepare(cases: Sequence[argparse.Namespace]) -> list[data.ImageData | data.T
             optimizer the options, or the data are not to be had.
     """
     command_line.prepare(cases[0])
-    for name in cases[0].methods or ():
+    for name in () if cases[0].if_possible else cases[0].methods or ():
         if all(name in left_out(args) for args in cases):
             raise ValueError(f"--methods {name}: {left_out(cases[0])[name]}")
     for args in cases:
@@ -474,6 +475,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = command_line.make_parser(__doc__ or "", many=True)
     add = parser.add_argument
     add("--methods", nargs="+", type=current_name, choices=TIMED, help=f"beside {', '.join(ALWAYS)}; default: all")
+    add("--if-possible", action="store_true", help="leave out of --methods what cannot be measured, and say why")
     add("--amp", choices=DTYPES, help="train under autocast; fp16 with a GradScaler")
     add("--image-size", type=int, default=32, help="pixels; default: 32, for vit_s on a GPU 224")
     add("--patch-size", type=int, default=4, help="of vit_s, pixels; default: 4, on a GPU 16")
@@ -543,7 +545,7 @@ def run(args: argparse.Namespace, batches: data.ImageData | data.TokenData, dead
 
 def case_key(args: argparse.Namespace) -> dict[str, Any]:
     """What decides what is measured in a case."""
-    key = {name: value for name, value in record.as_json(args).items() if name not in ("rounds", "time_budget")}
+    key = {name: value for name, value in record.as_json(args).items() if name not in OF_THE_JOB}
     return key | {"authors_code": args.authors_code is not None}
 
 

@@ -36,7 +36,8 @@ def fsync_then_hang(file):
     fsync(file)
     writes.append(file)
     name = next((word for word in sys.argv if word in {HANGS}), sys.argv[0].split()[-1])
-    if len(writes) == {HANGS}.get(name):
+    goes_on = "bf16" in sys.argv  # in the journal of the part before, whose first write it has
+    if len(writes) + goes_on == {HANGS}.get(name):
         (Path(flags) / str(os.getpid())).touch()
         time.sleep(1000)
 
@@ -74,7 +75,7 @@ def rows(folder: Path) -> dict[str, list]:
         if result["benchmark"] == "operators":
             found[path.stem] = result["operators"]
         elif result["benchmark"] == "memory":
-            found[path.stem] = list(result["cases"]["mlp"]["rows"].items())
+            found[path.stem] = list(result["cases"]["tiny"]["rows"].items())
         elif result["benchmark"] == "frontier":
             found[path.stem] = [
                 run
@@ -137,7 +138,7 @@ def test_the_page_has_every_figure_and_says_what_is_missing(runs):
     assert page in second.stdout
     for words in ("| SAM (foreach) ", "| SAM (esam_kernels) ", "| momentum ", "| squared_norm ", "bf16 autocast"):
         assert words in page
-    assert "Left out: SAM (pytorch_optimizer): the package pytorch_optimizer is not installed" in page
+    assert "SAM (pytorch_optimizer): the package pytorch_optimizer is not installed" in page
     assert "No plots: the package matplotlib is not installed" in (folder / "gpu/logs/accuracy.log").read_text()
 
 

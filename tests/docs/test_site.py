@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +12,39 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def build(root, folder):
     for package in ("mkdocs", "material", "mkdocstrings_handlers"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]  # --quiet is not strict
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    built = build(ROOT, folder)
     assert built.returncode == 0, built.stderr
     return folder
+
+
+def test_dead_links_fail_the_build(tmp_path):
+    for path in ("docs", "scripts", "examples", "esam_kernels", "benchmarks/results", "third_party/torch/LICENSE"):
+        (shutil.copytree if (ROOT / path).is_dir() else shutil.copy)(ROOT / path, parent(tmp_path / path))
+    for path in ("mkdocs.yml", "CHANGELOG.md", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / path, tmp_path)
+    dead = ("no_page.md", "recipes.md#no-heading", "../examples/no_file.py")
+    with (tmp_path / "docs" / "index.md").open("a") as page:
+        page.write("\n".join(f"[link]({target})" for target in dead))
+    built = build(tmp_path, tmp_path / "site")
+    assert built.returncode != 0
+    assert all(f"'{target.removeprefix('../')}'" in built.stderr for target in dead), built.stderr
+    assert built.stderr.count("WARNING") == 3
+
+
+def parent(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def test_every_page_of_the_docs_is_in_it(site):

@@ -401,3 +401,15 @@ def test_it_is_pytorch_optimizer_sam():
         theirs.zero_grad()
     for a, b in zip(values(model), values(other)):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-7)
+
+
+def test_after_a_base_step_that_failed_the_next_step_is_sharp_again():
+    model, calls = mlp(), []
+    optimizer = esam(model)
+    closure = ordinary(model, optimizer, *batches(1)[0], calls)
+    handle = optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(closure)
+    handle.remove()
+    optimizer.step(closure)
+    assert len(calls) == 4
