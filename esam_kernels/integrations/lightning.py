@@ -12,7 +12,7 @@ from ..optimizer import ESAM
 
 
 class ManualESAM:
-    """Mixin for a ``LightningModule``: samples are selected, gradients accumulated, and float16 has its scaler:
+    """Mixin for a ``LightningModule``: samples are selected, gradients accumulated, and float16 has its scaler.
 
         class Classifier(ManualESAM, LightningModule):
             accumulate_grad_batches = 4

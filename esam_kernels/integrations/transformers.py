@@ -16,7 +16,7 @@ from ..options import OPTIONS
 
 
 class ESAMTrainer(Trainer):
-    """A ``Trainer`` whose steps are ESAM's, over the optimizer that its arguments say:
+    """A ``Trainer`` whose steps are ESAM's, over the optimizer that its arguments say.
 
         trainer = ESAMTrainer(model, arguments, train_dataset=dataset, rho=0.05, gamma=1)
 
