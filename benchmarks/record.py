@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
-DERIVED = ("restart", "left_out")  # of a command line, what says nothing of how it was measured
+DERIVED = ("restart", "left_out", "validation")  # of a command line, what says nothing of how it was measured
 FORMER_NAMES = {"kernels": "operators"}  # of benchmarks
 
 

@@ -136,7 +136,6 @@ class Start(NamedTuple):
     buffers: Callable[[], None]
     random_state: Callable[[], None]
     written: WrittenWeights
-    watched: Callable[[], None]
 
 
 class ModelState:
@@ -148,7 +147,6 @@ class ModelState:
         self._replicas = [module for module in self._modules if isinstance(module, DistributedDataParallel)]
         self.shards = ShardedModules(self._modules, params)
         self.params = params
-        self._ids = {id(param) for param in params}
         self._devices = sorted({param.device for param in params} - {torch.device("cpu")}, key=str)
 
     @property
@@ -181,35 +179,35 @@ class ModelState:
         if sending:
             buffers = self.keep_buffers()
         written = WrittenWeights(() if self.shards else self.params, rollback, findings)
-        return Start(buffers, random_state, written, self.watch(findings) if several else lambda: None)
+        if several and not findings.watched:
+            self._check_buffers()
+        return Start(buffers, random_state, written)
 
-    def keep_first_pass(self, start: Start) -> Callable[[], None]:
-        """Keep what the first of several passes has left; the function that is returned puts it back."""
-        start.watched()
+    def keep_first_pass(self, start: Start, findings: Findings) -> Callable[[], None]:
+        """Keep what the first of several passes has left; the function that is returned puts it back after the last."""
         start.written.first_pass_has_run()
-        buffers, weights = self.keep_buffers(), start.written.keep_first_pass()
+        buffers, weights, watched = self.keep_buffers(), start.written.keep_first_pass(), self._watch(findings)
 
         def put_back() -> None:
             buffers()
             weights()
+            watched()
 
         return put_back
 
-    def watch(self, findings: Findings) -> Callable[[], None]:
-        """In the first step, look for tensors outside of buffers that a forward writes; a warning says which.
+    def _watch(self, findings: Findings) -> Callable[[], None]:
+        """In the first step, look for tensors outside of buffers that the passes after the first write.
 
         Returns:
-            The function to call when the first pass has run.
+            The function to call when they have run, which warns of them.
         """
         if findings.watched or self.shards:
             return lambda: None
-        self._check_buffers()
-        tensors = dict(self._tensors_outside_buffers())
-        versions = {name: tensor._version for name, tensor in tensors.items()}
+        tensors = [(name, tensor, tensor._version) for name, tensor in self._tensors_outside_buffers()]
 
-        def first_pass_has_run() -> None:
+        def passes_have_run() -> None:
             findings.watched = True
-            written = sorted(name for name, tensor in tensors.items() if tensor._version != versions[name])
+            written = sorted({name for name, tensor, version in tensors if tensor._version != version})
             if written:
                 warn(
                     f"forwards write {', '.join(written)}, outside of buffers: each pass of a step does so. Make it a "
@@ -217,10 +215,16 @@ class ModelState:
                     "esam_kernels.current_pass() in (None, esam_kernels.first_pass())"
                 )
 
-        return first_pass_has_run
+        return passes_have_run
 
     def _check_buffers(self) -> None:
-        """Refuse buffers that are parts of weights: passes would put the weights back with them."""
+        """Refuse buffers that are parts of weights: passes would put the weights back with them.
+
+        Raises:
+            ValueError: if there is one.
+        """
+        if self.shards:
+            return
         weights = [span(param) for param in self.params if not is_lazy(param) and param.numel() > 0]
         for module in self._modules:
             for name, buffer in module._buffers.items():
@@ -237,10 +241,11 @@ class ModelState:
     def _tensors_outside_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """With names, those in attributes of modules, also in lists, dicts and modules that are hidden there.
 
-        Parameters that the optimizer does not have, such as a momentum encoder's, are among them.
+        Parameters that are not trained, such as a momentum encoder's, are among them.
         """
+        trained = [param for param in self.params if param.requires_grad]
         buffers = [buffer for module in self._modules for buffer in module._buffers.values()]  # DDP lists them as well
-        seen = {*self._ids, *map(id, self._modules), *map(id, buffers)}
+        seen = {*map(id, trained), *map(id, self._modules), *map(id, buffers)}
         for module in self._modules:
             values = {name: value for name, value in vars(module).items() if name not in ("_buffers", "_modules")}
             for name, value in (*values.pop("_parameters").items(), *values.items()):

@@ -71,13 +71,13 @@ def sharp_backward(step: Step) -> LastStep:
     if "survey" in todo:
         enter(step, "survey")
         surveyed = look(step, start)
-        put_back_first = state.keep_first_pass(start)
+        put_back_first = state.keep_first_pass(start, step.findings)
     if "ascend" in todo:
         enter(step, "ascend")
         if surveyed:
             start.buffers()
         ascent = ascend_by_closure(step, step.ordinary) if step.ordinary else ascend(step, surveyed)
-        put_back_first = put_back_first or state.keep_first_pass(start)
+        put_back_first = put_back_first or state.keep_first_pass(start, step.findings)
     else:
         ascent = WITHOUT_PASS[settings.ascent](step)
     before = surveyed or (ascent.losses if settings.ascent_share == 1 else [])  # of all rows at w, if they are known

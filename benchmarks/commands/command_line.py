@@ -16,13 +16,14 @@ from ..record import RESULTS
 from ..training import data
 from ..training.catalogue import IMAGE_WIDTHS, WIDTHS
 from ..training.run import Task
-from ..training.trainers import DTYPES, Settings, left_out
+from ..training.trainers import BASES, DTYPES, Settings, left_out
 
 # Where the defaults of options come from; --data and --model choose. Those for CIFAR-10 are the paper's.
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {"model": "small", "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4},
     "cifar10": {"model": "resnet18", "batch_size": 128, "lr": 0.05, "weight_decay": 1e-3},
     "random": {"model": "small", "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4},
+    "adamw": {"lr": 1e-3, "weight_decay": 0.05},
     "wrn28_10": {"rho": 0.1, "beta": 0.5},
 }
 SUBSTITUTES = {"sam": "sam-own"}  # for methods whose package is missing
@@ -85,6 +86,8 @@ def make_training_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the shared options and those of benchmarks that train to the end."""
     parser = make_parser(description)
     add = parser.add_argument
+    add("--base", choices=BASES, default="sgd", help="the base optimizer of all methods; default: %(default)s")
+    add("--image-size", type=int, metavar="PIXELS", help="make the images so small first; default: as they are")
     add("--train-samples", type=int, metavar="N", help="train on so many images only; default: all")
     add("--label-noise", type=float, metavar="SHARE", default=0.0, help="share of training labels made wrong")
     add("--epochs", type=int, help="the learning rate anneals over them")
@@ -104,9 +107,9 @@ def parse(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, recipes: Mapping[str, dict[str, Any]]
 ) -> argparse.Namespace:
     """Parse, with defaults for the chosen data and network from ``RECIPES``, and before them from ``recipes``."""
-    for choice in ("data", "model"):
+    for choice in ("data", "model", "base"):
         known = vars(parser.parse_known_args(argv)[0])
-        recipe = RECIPES.get(known[choice], {}) | recipes.get(known[choice], {})
+        recipe = RECIPES.get(known.get(choice, ""), {}) | recipes.get(known.get(choice, ""), {})
         parser.set_defaults(**{name: value for name, value in recipe.items() if name in known})
     args = parser.parse_args(argv)
     given = settings(args)
@@ -187,13 +190,21 @@ def check_training(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 def training_images(args: argparse.Namespace) -> data.ImageData:
     """The chosen data as it is to be trained on: the chosen part of it, with the chosen noise."""
     chosen = images(args)
+    if args.image_size is not None:
+        chosen = data.shrink(chosen, args.image_size)
+    if getattr(args, "validation_samples", None):
+        args.validation = noisy(args, data.hold_out(chosen, args.train_samples or 0, args.validation_samples))
     if args.train_samples is not None:
         chosen = data.subset(chosen, args.train_samples)
-    if args.label_noise:
-        chosen = data.flip_labels(chosen, args.label_noise)
+    chosen = noisy(args, chosen)
     if chosen.steps_per_epoch(args.batch_size) == 0:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(chosen.train_labels)} training images")
     return chosen
+
+
+def noisy(args: argparse.Namespace, images: data.ImageData) -> data.ImageData:
+    """The data with the chosen noise in its training labels."""
+    return data.flip_labels(images, args.label_noise) if args.label_noise else images
 
 
 def memory_format(args: argparse.Namespace) -> torch.memory_format:

@@ -34,12 +34,13 @@ from ..training.data import ImageData
 from ..training.landscape import TOLERANCE
 from ..training.methods import METHODS
 from ..training.run import Run
-from ..training.trainers import set_step
+from ..training.trainers import Settings, set_step
 from . import command_line
 from .refusals import refusals
 
 WARM_UP = 1  # rounds of the calibration that are not counted
 TURN = 10  # steps at least
+CHOOSING_SEED = 1000  # the first of the seeds of which factors are chosen, and no accuracy is reported
 SLOWDOWN = 1.2  # of a run's steps beside the calibration's, until a run is slower
 
 
@@ -96,7 +97,18 @@ RECIPES: dict[str, dict[str, Any]] = {
 # Not fewer epochs: SGD would not have learnt the wrong labels yet, nor ESAM the right ones.
 QUICK = {"configurations": ["sgd", "sam", "esam", "esam-random", "sgd-short"], "seeds": 2, "rounds": 3}
 # Options that say which runs there are, and nothing of a run.
-OF_THE_SWEEP = ("configurations", "epochs", "seeds", "rounds", "time_budget", "quick", "restart")
+OF_THE_SWEEP = (
+    "configurations",
+    "epochs",
+    "seeds",
+    "rounds",
+    "time_budget",
+    "quick",
+    "choose",
+    "choose_seeds",
+    "validation",
+    "validation_samples",
+)
 
 
 class Planned(NamedTuple):
@@ -105,6 +117,8 @@ class Planned(NamedTuple):
     configuration: str
     seed: int
     epochs: int
+    factor: float | None = 1.0  # of its radius or learning rate; None while it is to be chosen
+    choosing: bool = False  # tested on the validation part
 
 
 class Sweep:
@@ -132,10 +146,40 @@ class Sweep:
             self.epochs["equal_epochs"][name] = max(1, round(epochs))
             self.epochs["equal_time"][name] = max(1, round(epochs / cost))
 
+    def choices(self, name: str) -> list[Planned]:
+        """The runs of which a configuration's factor is chosen, by as many for each; none if none is to be chosen."""
+        epochs = self.epochs["equal_epochs"][name]
+        seeds = range(CHOOSING_SEED, CHOOSING_SEED + self.args.choose_seeds)
+        return [Planned(name, seed, epochs, factor, True) for factor in self.args.choose or () for seed in seeds]
+
+    def factor(self, name: str) -> float | None:
+        """What a configuration's radius or learning rate is multiplied with: what did best on the validation part.
+
+        None while its runs are not finished. Of equals it is the one nearest to 1; what diverged is not chosen.
+        """
+        if not self.args.choose:
+            return 1.0
+        found: dict[float, list[float]] = {}
+        for run in self.choices(name):
+            if (result := self.result(run)) is None:
+                return None
+            assert run.factor is not None
+            found.setdefault(run.factor, []).append(-math.inf if result["diverged"] else result["test_accuracy"])
+        return min(found, key=lambda factor: (-mean(found[factor]), abs(math.log(factor))))
+
     def plan(self) -> list[Planned]:
-        """The runs in their order: all configurations of a seed before the next, so that a stop leaves them equal."""
+        """The runs in their order: all configurations of a seed before the next, so that a stop leaves them equal.
+
+        Before them come those of which factors are chosen.
+        """
+        choosing = [run for name in self.args.configurations for run in self.choices(name)]
+        return choosing + self.measured()
+
+    def measured(self) -> list[Planned]:
+        """The runs whose accuracy is reported."""
+        factors = {name: self.factor(name) for name in self.args.configurations}
         runs = [
-            Planned(name, seed, self.epochs[panel][name])
+            Planned(name, seed, self.epochs[panel][name], factors[name])
             for seed in range(self.args.seeds)
             for panel in PANELS
             for name in self.args.configurations
@@ -144,6 +188,8 @@ class Sweep:
 
     def result(self, planned: Planned) -> dict[str, Any] | None:
         """What a run gave; None if it is still to be made."""
+        if planned.factor is None:
+            return None
         return self.journal.get(self._run_key(planned))
 
     def run(self, deadline: float, finished: Callable[["Sweep"], object] = lambda _: None) -> None:
@@ -155,7 +201,8 @@ class Sweep:
         """
         missing = [planned for planned in self.plan() if self.result(planned) is None]
         progress = Progress(self.steps * sum(planned.epochs for planned in missing), unit="step")
-        for planned in missing:
+        choosing = [planned for planned in missing if planned.choosing]
+        for planned in chain(choosing, lazily(self.measured)):  # the factors are known when all are chosen
             if self.result(planned) is not None:
                 continue  # the options make two configurations the same
             if perf_counter() + self.expected_seconds(planned) > deadline:
@@ -181,7 +228,8 @@ class Sweep:
 
     def _train(self, planned: Planned, progress: Progress) -> dict[str, Any]:
         start = perf_counter()
-        run = Run(planned.configuration, command_line.settings(self.args, planned.seed), planned.epochs, self.task)
+        task = replace(self.task, images=self.args.validation, sharpness_samples=0) if planned.choosing else self.task
+        run = Run(planned.configuration, self._own(planned), planned.epochs, task)
         for _ in range(planned.epochs):
             run.train_epoch(progress, test=False)
         seconds = sum(epoch["seconds"] for epoch in run.curve)
@@ -190,19 +238,31 @@ class Sweep:
             "train_loss": run.curve[-1]["train_loss"],
             "diverged": run.diverged,
             "sharpness": run.sharpness(),
+            "cosines": [epoch["cosine"] for epoch in run.curve if "cosine" in epoch],
             "seconds": seconds,
             "seconds_besides": perf_counter() - start - seconds,
         }
 
+    def _own(self, planned: Planned) -> Settings:
+        """The settings of a run, of which its method makes its own."""
+        assert planned.factor is not None
+        settings = command_line.settings(self.args, planned.seed)
+        return replace(settings, factor=planned.factor, steps=planned.epochs * self.steps)
+
     def _run_key(self, planned: Planned) -> dict[str, Any]:
         return self._key(
             trainer=METHODS[planned.configuration].trainer,
-            settings=self._settings(planned.configuration, planned.seed),
+            settings=self._as_json(planned.configuration, self._own(planned)),
             epochs=planned.epochs,
+            **({"validation_samples": self.args.validation_samples} if planned.choosing else {}),
         )
 
     def _settings(self, name: str, seed: int) -> dict[str, Any]:
-        settings = asdict(command_line.settings(self.args, seed).by(METHODS[name]))
+        return self._as_json(name, command_line.settings(self.args, seed))
+
+    @staticmethod
+    def _as_json(name: str, given: Settings) -> dict[str, Any]:
+        settings = asdict(given.by(METHODS[name]))
         return {key: str(value) if isinstance(value, torch.dtype) else value for key, value in settings.items()}
 
     def _key(self, **more: Any) -> dict[str, Any]:
@@ -251,6 +311,11 @@ def calibrate(images: ImageData, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def lazily(make: Callable[[], Iterable[Planned]]) -> Iterator[Planned]:
+    """What ``make`` returns when the first of it is asked for."""
+    yield from make()
+
+
 def endless_batches(run: Run, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """A run's batches, one epoch after another."""
     return chain.from_iterable(run.task.images.train_batches(batch_size, run.generator) for _ in repeat(None))
@@ -279,13 +344,18 @@ def summarize(sweep: Sweep) -> dict[str, Any]:
     """
     args = sweep.args
     configurations: dict[str, dict[str, Any]] = {}
+    factors = {name: sweep.factor(name) for name in args.configurations}
     for name in args.configurations:
         timed, share = sweep.calibration["steps"][name], sweep.epochs["equal_epochs"][name] / args.epochs
         training_time = share * timed["time_over_sgd"]["median"]
-        configurations[name] = {"label": METHODS[name].label, **timed, "training_time_over_sgd": training_time}
+        about = {"label": METHODS[name].label, **timed, "training_time_over_sgd": training_time}
+        configurations[name] = about | ({"factor": factors[name]} if args.choose else {})
     for panel in PANELS:
         runs = {
-            name: [sweep.result(Planned(name, seed, sweep.epochs[panel][name])) for seed in range(args.seeds)]
+            name: [
+                sweep.result(Planned(name, seed, sweep.epochs[panel][name], factors[name]))
+                for seed in range(args.seeds)
+            ]
             for name in configurations
         }
         seeds = [seed for seed in range(args.seeds) if all(results[seed] for results in runs.values())] or [0]
@@ -350,6 +420,16 @@ def make_parser() -> argparse.ArgumentParser:
         help="of the whole job; after the calibration, which is made once in any case, it begins no run that would not "
         "end within it; the same command goes on from there",
     )
+    add("--validation-samples", type=int, metavar="N", help="training images beside --train-samples, to choose on")
+    add(
+        "--choose",
+        type=float,
+        nargs="+",
+        metavar="FACTOR",
+        help="for each configuration choose, on the validation part, by what its radius is multiplied, or where it has "
+        "none the learning rate; accuracy is then that of other seeds",
+    )
+    add("--choose-seeds", type=int, default=1, metavar="N", help="of each choice; default: %(default)s")
     add("--quick", action="store_true", help="few configurations and seeds: the digits in two minutes")
     return parser
 
@@ -368,6 +448,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--configurations lacks sgd, which all are compared with")
     command_line.check_training(parser, args)
     command_line.without_left_out(parser, args, "configurations", default=asked.configurations is None)
+    if (args.choose is None) != (args.validation_samples is None) or (args.choose and args.train_samples is None):
+        parser.error(
+            "--choose, --validation-samples and --train-samples go together: on what to choose, and what it is not"
+        )
+    if args.choose and (min(args.choose) <= 0 or args.choose_seeds < 1 or args.validation_samples < 1):
+        parser.error("--choose, --choose-seeds and --validation-samples must be above 0")
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: at least 1 is needed")
     return args

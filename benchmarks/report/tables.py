@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from esam_kernels.options import count_of
 
 from ..record import mean_and_std
@@ -146,11 +148,26 @@ def frontier(result: dict[str, Any]) -> str:
     settings, configurations = result["settings"], result["configurations"]
     finished = result["runs"]["finished"] == result["runs"]["planned"]
     columns = ["configuration", "training time over SGD", f"accuracy at {settings['epochs']} epochs, %"]
-    columns += [*(["Pareto front"] if finished else []), "epochs in SGD's time", "accuracy, %", "time taken over SGD"]
+    chosen, tested = "choose" in settings and settings["choose"], _seeds_of(configurations["sgd"]["equal_epochs"]) > 1
+    columns[1:1] = ["factor"] if chosen else []
+    columns += [
+        *(["p against SGD"] if tested else []),
+        *(["Pareto front"] if finished else []),
+        "epochs in SGD's time",
+        "accuracy, %",
+        "time taken over SGD",
+    ]
     rows = []
     for one in configurations.values():
         by_epochs, by_time, sgd = one["equal_epochs"], one["equal_time"], configurations["sgd"]["equal_time"]
-        row = [one["label"], f"{one['training_time_over_sgd']:.2f}", _panel_accuracy(by_epochs)]
+        row = [one["label"], *([_factor(one["factor"])] if chosen else [])]
+        row += [f"{one['training_time_over_sgd']:.2f}", _panel_accuracy(by_epochs)]
+        row += (
+            [_p(by_epochs, configurations["sgd"]["equal_epochs"])]
+            if tested and one is not configurations["sgd"]
+            else []
+        )
+        row += [""] if tested and one is configurations["sgd"] else []
         row += ["yes" if by_epochs["on_front"] else ""] if finished else []
         row += [str(by_time["epochs"]) if by_time else "", _panel_accuracy(by_time)]
         rows.append([*row, f"{by_time['seconds'] / sgd['seconds']:.2f}" if by_time and sgd else ""])
@@ -183,6 +200,20 @@ def _about_sweep(result: dict[str, Any], finished: bool) -> str:
         for one in configurations.values()
         if one["equal_epochs"] and one["equal_epochs"]["epochs"] < settings["epochs"]
     ]
+    if settings.get("choose"):
+        sentences.append(
+            "Factor: what the method's own radius is multiplied with, or where it has none the rate, chosen of "
+            f"{', '.join(f'{factor:g}' for factor in settings['choose'])} on {settings['validation_samples']} other "
+            f"images from {settings['choose_seeds']} other seeds."
+        )
+    if _seeds_of(configurations["sgd"]["equal_epochs"]) > 1:
+        sentences.append("p is Welch's, two-sided, of the accuracies at equal epochs, of many comparisons.")
+    sentences += [
+        f"{one['label']!r}: the first moment and the next step's gradient have a cosine of "
+        f"{', '.join(f'{cosine:.2f}' for cosine in found)} in the quarters of training."
+        for one in configurations.values()
+        if one["equal_epochs"] and (found := _cosines(one["equal_epochs"]["runs"]))
+    ]
     tried = len(settings["configurations"])
     sentences.append(
         f"{tried} configurations were tried, on the images that accuracy is of: the best of them is so in part by luck."
@@ -196,6 +227,55 @@ def _about_sweep(result: dict[str, Any], finished: bool) -> str:
     if any(one[panel] and one[panel].get("diverged_seeds") for one in configurations.values() for panel in PANELS):
         sentences.append("Seeds that diverged have no part in the means, nor their configuration in the front.")
     return " ".join([*sentences, machine(result)])
+
+
+def _seeds_of(panel: dict[str, Any] | None) -> int:
+    return panel["seeds"] if panel else 0
+
+
+def _factor(factor: float | None) -> str:
+    return "" if factor is None else f"{factor:g}"
+
+
+def _p(panel: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
+    """The cell on whether two accuracies differ; empty where one has fewer than two seeds."""
+    samples = [
+        [run["test_accuracy"] for run in one["runs"] if not run.get("diverged")] if one else []
+        for one in (panel, other)
+    ]
+    return "" if min(map(len, samples)) < 2 else f"{welch(*samples):.2g}"
+
+
+def _cosines(runs: Sequence[dict[str, Any]]) -> list[float]:
+    """The mean cosine of first moment and next gradient in each quarter of training; nothing if it was not watched."""
+    curves = [curve for run in runs if (curve := run.get("cosines")) and None not in curve]
+    if not curves:
+        return []
+    return [float(np.mean([np.mean(part) for curve in curves if (part := quarter(curve, i))])) for i in range(4)]
+
+
+def quarter(curve: Sequence[float], i: int) -> Sequence[float]:
+    """The part of a curve that is in a quarter, at least one value."""
+    begin, end = i * len(curve) // 4, (i + 1) * len(curve) // 4
+    return curve[begin : max(end, begin + 1)]
+
+
+def welch(these: Sequence[float], those: Sequence[float]) -> float:
+    """The two-sided p of Welch's t-test that two samples, of two or more values each, have the same mean."""
+    errors = [np.var(sample, ddof=1) / len(sample) for sample in (these, those)]
+    difference = abs(np.mean(these) - np.mean(those))
+    if sum(errors) == 0:
+        return float(difference == 0)
+    freedom = sum(errors) ** 2 / sum(e**2 / (len(sample) - 1) for e, sample in zip(errors, (these, those)))
+    # With t = sqrt(freedom) * tan(angle), the density of t is that of angle, cos(angle)^(freedom - 1).
+    angles = np.linspace(0, np.pi / 2, 20_001)
+    density = np.cos(angles) ** (freedom - 1)
+    density[-1] = 0.0 if freedom > 1 else 1.0
+    beyond = np.arctan(difference / np.sqrt(sum(errors) * freedom))
+    tail = np.linspace(beyond, np.pi / 2, 20_001)
+    tails = np.cos(tail) ** (freedom - 1)
+    tails[-1] = density[-1]
+    return float(np.trapezoid(tails, tail) / np.trapezoid(density, angles))
 
 
 def sharpness(result: dict[str, Any], found: Mapping[str, Mapping[str, Sequence[dict[str, Any]]]]) -> list[str]:

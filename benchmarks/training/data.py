@@ -139,6 +139,49 @@ def subset(images: ImageData, n: int) -> ImageData:
     )
 
 
+def hold_out(images: ImageData, n: int, validation: int) -> ImageData:
+    """Of the training images ``n`` to train on and ``validation`` others in the test images' place.
+
+    Raises:
+        ValueError: if there are not that many.
+    """
+    if n + validation > len(images.train_labels):
+        raise ValueError(
+            f"--train-samples {n} and --validation-samples {validation}: there are {len(images.train_labels)} images"
+        )
+    chosen = _stratified(images.train_labels, n)
+    rest = torch.ones(len(images.train_labels), dtype=torch.bool, device=chosen.device)
+    rest[chosen] = False
+    others = rest.nonzero().squeeze(1)
+    others = others[_stratified(images.train_labels[others], validation)]
+    return replace(subset(images, n), test_images=images.train_images[others], test_labels=images.train_labels[others])
+
+
+def shrink(images: ImageData, size: int) -> ImageData:
+    """The data with images of fewer pixels, each the mean of what it covers.
+
+    Raises:
+        ValueError: if the images are smaller.
+    """
+    now = images.train_images.shape[-1]
+    if not 1 <= size <= now:
+        raise ValueError(f"--image-size {size}: from 1 to {now}, the size of {images.label}, can be had")
+    if size == now:
+        return images
+
+    def smaller(pixels: Tensor) -> Tensor:
+        parts = [nn.functional.adaptive_avg_pool2d(part.float(), size).round().byte() for part in pixels.split(1000)]
+        return torch.cat(parts)
+
+    return replace(
+        images,
+        label=f"{images.label} of {size} pixels",
+        train_images=smaller(images.train_images),
+        test_images=smaller(images.test_images),
+        pad=max(1, round(images.pad * size / now)),
+    )
+
+
 def flip_labels(images: ImageData, share: float) -> ImageData:
     """The data with a share of the training labels wrong: replaced by any other class alike, always the same ones.
 

@@ -6,16 +6,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from ..measuring.clock import Stopwatch
 from ..measuring.progress import Progress
 from . import landscape, models
 from .data import ImageData
-from .trainers import Settings, trainer
+from .methods import METHODS
+from .trainers import Settings, Trainer, first_moment, trainer
 
 TEST_BATCH = 1000
+WATCHED = 4
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Run:
 
     Attributes:
         curve: for each epoch its seconds of training, mean training loss (None if it is not finite) and, if tested,
-            test accuracy in percent.
+            test accuracy in percent; of a method that climbs against momentum also ``cosine``, the mean one of the
+            first moment and the next step's gradient, over the epoch's first ``WATCHED`` steps.
     """
 
     def __init__(self, name: str, settings: Settings, epochs: int, task: Task) -> None:
@@ -75,19 +79,30 @@ class Run:
         self.generator = torch.Generator(task.device).manual_seed(settings.seed)
         self.stopwatch = Stopwatch(task.device)
         self.curve: list[dict[str, Any]] = []
+        self.climbs_against_momentum = (
+            METHODS[name].options.get("ascent") == "momentum" and METHODS[name].trainer == "esam"
+        )
 
     def train_epoch(self, progress: Progress, test: bool = True) -> None:
         """Train for an epoch, and test; host and device meet only at its end."""
         self.stopwatch.mark()
-        losses = []
+        losses: list[Tensor] = []
+        cosines: list[Tensor] = []
         for inputs, targets in self.task.images.train_batches(self.task.batch_size, self.generator):
+            watched = self.climbs_against_momentum and len(losses) < WATCHED
+            moments = copies_of_moments(self.trainer) if watched else []
             losses.append(self.trainer.step(inputs, targets))
+            if moments:
+                cosines.append(cosine(moments))
             progress.update()
         self.stopwatch.mark()
         self.scheduler.step()
         (seconds,) = self.stopwatch.laps()
         loss = torch.stack(losses).mean().item()
         self.curve.append({"seconds": seconds, "train_loss": loss if math.isfinite(loss) else None})
+        if cosines:
+            mean = torch.stack(cosines).mean().item()
+            self.curve[-1]["cosine"] = mean if math.isfinite(mean) else None
         if test:
             self.curve[-1]["test_accuracy"] = self.accuracy()
 
@@ -119,3 +134,16 @@ class Run:
         samples = list(task.images.training_sample(task.sharpness_samples, task.batch_size))
         generator = torch.Generator(task.device).manual_seed(0)  # the same random directions for all
         return landscape.measure(landscape.Landscape(model, samples), task.distances, generator)
+
+
+def copies_of_moments(one: Trainer) -> list[tuple[Parameter, Tensor]]:
+    """The weights with the first moments that the base optimizer has of them, as they are now."""
+    moments = [(param, first_moment(one.optimizer.state.get(param, {}))) for param in one.model.parameters()]
+    return [(param, moment.clone()) for param, moment in moments if moment is not None]
+
+
+def cosine(moments: list[tuple[Parameter, Tensor]]) -> Tensor:
+    """Of first moments and the gradients that the weights have now, each seen as one vector."""
+    pairs = [(moment, param.grad) for param, moment in moments if param.grad is not None]
+    v, g = (torch.cat([pair[i].flatten().float() for pair in pairs]) for i in range(2))
+    return nn.functional.cosine_similarity(v, g, dim=0)

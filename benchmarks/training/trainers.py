@@ -34,6 +34,7 @@ class Settings:
         authors_esam: the class of ``authors.load``, for the method that needs it.
         base: the base optimizer, one of ``BASES``.
         nesterov: whether SGD looks ahead.
+        factor: of the radius, or of the learning rate where a method has none: what was chosen for it.
         steps: of the whole training, of which a method may have its own in the last share.
         late: ESAM's options that change, and from which step on.
 
@@ -51,6 +52,7 @@ class Settings:
     authors_esam: type[torch.optim.Optimizer] | None = None
     base: str = "sgd"
     nesterov: bool = False
+    factor: float = 1.0
     steps: int = 0
     late: tuple[int, Mapping[str, Any]] | None = None
 
@@ -93,16 +95,19 @@ class Settings:
         if changed.get("ascent", self.esam["ascent"]) != self.esam["ascent"]:
             changed.setdefault("rho", None)
         esam = {**self.esam, **changed}
-        esam["rho"] = method.rho_factor * self.radius(esam)
+        factor = method.rho_factor * (self.factor if method.has_radius else 1.0)
+        esam["rho"] = factor * self.radius(esam)
         begin = round((1 - method.late_share) * self.steps)
         late: dict[str, Any] = dict(method.late_options)
         if late:
-            late["rho"] = method.rho_factor * self.radius({**self.esam, **late})
+            late["rho"] = factor * self.radius({**self.esam, **late})
         elif method.late_share < 1:
             esam["start"] = begin
         return replace(
             self,
             esam=esam,
+            lr=self.lr if method.has_radius else self.factor * self.lr,
+            factor=1.0,
             late=(begin, late) if late else None,
             nesterov=method.nesterov,
             amp=DTYPES[method.amp] if method.amp else self.amp,
@@ -245,8 +250,9 @@ class PerturbingTrainer(SGDTrainer):
         backups = self.move(params, direction)
         with frozen_running_stats(self.model) if before is not None else nullcontext():
             loss = self.backward(inputs, targets)
-        with torch.no_grad():
-            torch._foreach_copy_(params, backups)
+        if params:  # of a first moment there is none in the first step
+            with torch.no_grad():
+                torch._foreach_copy_(params, backups)
         self.base_step()
         return loss if before is None else before
 
@@ -305,7 +311,8 @@ class RandomDirectionTrainer(PerturbingTrainer):
 
     def __init__(self, model: nn.Module, settings: Settings, device: torch.device, loss_fn: LossFunction) -> None:
         super().__init__(model, settings, device, loss_fn)
-        self.generator = torch.Generator(device).manual_seed(settings.seed)
+        # Another stream than that of the initial weights and of the batches, with which it would be correlated.
+        self.generator = torch.Generator(device).manual_seed(settings.seed + 2**31)  # a CPU takes 32 bits of it
 
     def direction(self) -> tuple[list[Tensor], list[Tensor]]:
         """Normal deviates in the weights' shapes."""

@@ -5,9 +5,9 @@ to know of a tensor. A program finds the tensor that its block of elements belon
 whose addresses are aligned to 16 bytes with 16-byte accesses, on all others with masked ones.
 
 The operators make no host-device sync and can be captured in a CUDA graph: the graph replays the table of its capture,
-so tensors, coefficients and mask are those of the capture. That holds for them alone: ESAM's ``backward`` reads and sets
-the CUDA generator, which no capture allows. A gradient that lies in memory in another order than its
-weight, or has a dtype that no kernel reads, costs a copy first.
+so tensors, coefficients and mask are those of the capture. That holds for them alone: ESAM's ``backward`` reads and
+sets the CUDA generator, which no capture allows. A gradient that lies in memory in another order than its weight, or
+has a dtype that no kernel reads, costs a copy first.
 """
 # mypy: allow-untyped-defs
 

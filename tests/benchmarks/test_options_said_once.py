@@ -139,7 +139,7 @@ def test_adaptive_holds_for_every_implementation():
     """So that SAM and ESAM are compared within neighbourhoods of one kind."""
     settings = trainers.Settings(0.1, 0.0, 0.0, {"rho": 0.5, "adaptive": True, "beta": 1.0, "gamma": 1.0})
     weights = {}
-    for name in ("sam", "sam-davda54", "esam"):
+    for name in ("sam", "sam-davda54", "sam-foreach", "esam"):
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 3)
         one = trainers.trainer(name, model, settings, torch.device("cpu"))
@@ -147,3 +147,4 @@ def test_adaptive_holds_for_every_implementation():
         weights[name] = model.weight.detach()
     torch.testing.assert_close(weights["sam"], weights["esam"])
     torch.testing.assert_close(weights["sam-davda54"], weights["esam"])
+    torch.testing.assert_close(weights["sam-foreach"], weights["esam"])

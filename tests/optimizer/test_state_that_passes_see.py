@@ -431,16 +431,17 @@ def test_no_pass_runs_after_one_that_failed(when):
 class Teacher(nn.Module):
     """A network and the moving average of its weights, kept where `keep` puts it."""
 
-    def __init__(self, keep: Callable[["Teacher", nn.Module], None]) -> None:
+    def __init__(self, keep: Callable[["Teacher", nn.Module], None], guarded: bool = False) -> None:
         super().__init__()
-        self.inner = mlp()
-        teacher = copy.deepcopy(self.inner).requires_grad_(False)
+        self.inner, self.guarded = mlp(), guarded
+        teacher = mlp(seed=1).requires_grad_(False)
         keep(self, teacher)
         self.average = lambda: list(teacher.parameters())
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            torch._foreach_lerp_(self.average(), list(self.inner.parameters()), 0.1)
+        if not self.guarded or current_pass() in (None, first_pass()):
+            with torch.no_grad():
+                torch._foreach_lerp_(self.average(), list(self.inner.parameters()), 0.1)
         return self.inner(x)
 
 
@@ -461,6 +462,30 @@ def test_tensors_that_are_written_outside_of_buffers_are_named_once(place):
     with pytest.warns(UserWarning, match=rf"forwards write .*{name}.*outside of buffers.*current_pass") as found:
         train(model, optimizer, DATA)
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("place", OUTSIDE)
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_said_where_the_update_is_guarded(place):
+    model = Teacher(OUTSIDE[place][0], guarded=True)
+    average = [weight.clone() for weight in model.average()]
+    weights = [weight.detach().clone() for weight in model.inner.parameters()]
+    train(model, sgd(model.inner), DATA[:1])
+    for mine, start, weight in zip(model.average(), average, weights, strict=True):
+        torch.testing.assert_close(mine, start.lerp(weight, 0.1))  # once, towards weights that are not perturbed
+
+
+def test_one_of_several_of_the_same_name():
+    model = Teacher(OUTSIDE["a module's parameters"][0])
+    model.frozen = mlp().requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"forwards write Linear\.bias, Linear\.weight, outside"):
+        train(model, sgd(model.inner), DATA)
+
+
+def test_frozen_weights_that_the_optimizer_has_are_named_too():
+    model = Teacher(OUTSIDE["a module's parameters"][0])
+    with pytest.warns(UserWarning, match=r"forwards write .*Linear\.weight"):
+        train(model, sgd(model), DATA)
 
 
 class Innocent(nn.Module):

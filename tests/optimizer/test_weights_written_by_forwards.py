@@ -131,15 +131,19 @@ def test_what_is_first_written_in_a_later_step_is_known_from_then_on():
     assert same(values(model), before)
 
 
-def test_only_weights_that_a_forward_writes_are_kept_after_the_first_pass_of_all(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "first", "later"),  # before the step, and before or after its first pass
+    [("three passes", [7, 1], [1, 1]), ("one pass", [7, 7], [1]), ("a plain step", [7], [1])],
+)
+def test_only_weights_that_a_forward_writes_are_kept_after_the_first_pass_of_all(monkeypatch, name, first, later):
     from esam_kernels import model_state
 
     kept = []
     copy_all = model_state.copy_all
     monkeypatch.setattr(model_state, "copy_all", lambda tensors: kept.append(len(tensors)) or copy_all(tensors))
     model = mlp(LAYERS["in place"]())
-    optimizer = sgd(model)
-    for weights in ([7, 1], [1, 1]):  # before the step and after its first pass
+    optimizer = sgd(model, name)
+    for weights in first, later, later:
         kept.clear()
         optimizer.step(batch_closure(model, cross_entropy, INPUTS, TARGETS))
         assert [count for count in kept if count] == weights
