@@ -27,6 +27,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "esam": {"color": "#D55E00", "marker": "^", "linestyle": "-"},
     "esam-bf16": {"color": "#D55E00", "marker": "v", "linestyle": (0, (4, 2))},
 }
+OTHERS = STYLES["share-quarter"]  # the style of what has none
 
 STYLE: Any = {
     "axes.grid": True,
@@ -170,7 +171,7 @@ def frontier(result: dict[str, Any], path: Path) -> None:
             for number, (name, one) in enumerate(configurations.items(), 1):
                 if not one[panel]:
                     continue
-                color = STYLES[name.partition("-")[0]]["color"]
+                color = STYLES.get(name.partition("-")[0], OTHERS)["color"]
                 marker: dict[str, Any] = {
                     "marker": f"${number}$",
                     "markersize": 5 if number < 10 else 9,
