@@ -70,6 +70,10 @@ class _Progress:
     ordinary: OrdinaryClosure | None = None  # whose calls are under way
     models: FoundModels = field(default_factory=FoundModels)  # of ordinary closures
     last: LastStep | None = None
+    state: ModelState | None = None  # of the step before, which serves as long as models and parameters are the same
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "state": None}  # a copy has models of its own
 
 
 class ESAM(torch.optim.Optimizer):
@@ -530,7 +534,12 @@ class ESAM(torch.optim.Optimizer):
         # A closure written by hand may call anything its model.
         behind = [getattr(one, name, None) for one in closures for name in ("model", "loss_fn")]
         found = [module for one in (self.model, *models, *behind) for module in modules_behind(one)]
-        return ModelState(found, params_of(self.param_groups))
+        params, state = params_of(self.param_groups), self._progress.state
+        if state is None or not state.serves(found, params):
+            state = ModelState(found, params)
+            if not models:  # those that were found are not to be kept alive
+                self._progress.state = state
+        return state
 
     def _warn_of_plain_step(self) -> None:
         # What does not move, as the step by which torch.distributed.checkpoint makes the state, means nothing else.

@@ -24,12 +24,12 @@ class Between:
         """Before a pass at the weights or near them: begin with the buffers from before the step."""
         if name == "descend" and self._use_replicas is not None:
             self._use_replicas()
-        if self._put_back is not None:
+        if self._put_back is not None and name != "look":  # which replays all, and may do so twice
             self._start.buffers()
         enter(self._step, name)
 
     def replay(self) -> None:
-        """Before a forward that is compared with another: also with its random numbers, so that it drops out the same."""
+        """Before a forward that is compared with another: begin with its random numbers, too, and drop out the same."""
         self._start.buffers()
         self._start.random_state()
         self._step.model_state.forget_weight_copies()
