@@ -27,6 +27,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "esam": {"color": "#D55E00", "marker": "^", "linestyle": "-"},
     "esam-bf16": {"color": "#D55E00", "marker": "v", "linestyle": (0, (4, 2))},
 }
+OTHERS = STYLES["share-quarter"]  # the style of what has none
 
 STYLE: Any = {
     "axes.grid": True,
@@ -40,8 +41,8 @@ STYLE: Any = {
 
 
 def _style(name: str) -> dict[str, Any]:
-    """A configuration's own style, or that of the method that it is a kind of; that of SGD for a control of none."""
-    return STYLES.get(name) or STYLES.get(name.partition("-")[0]) or STYLES["sgd"]
+    """A configuration's own style, or that of the method that it is a kind of; that of others."""
+    return STYLES.get(name) or STYLES.get(name.partition("-")[0]) or OTHERS
 
 
 def accuracy_over_time(result: dict[str, Any], path: Path) -> None:

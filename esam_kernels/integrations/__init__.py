@@ -1,1 +1,1 @@
-"""ESAM in trainers; each module needs the trainer that it is named after, and none is imported by the package itself."""
+"""ESAM in trainers. Each module needs the trainer that it is named after; the package imports none of them."""

@@ -14,14 +14,16 @@ from ..optimizer import ESAM
 class ManualESAM:
     """Mixin for a ``LightningModule``: samples are selected, gradients accumulated, and float16 has its scaler.
 
+    Example::
+
         class Classifier(ManualESAM, LightningModule):
             accumulate_grad_batches = 4
 
             def training_step(self, batch, batch_idx):
                 loss = self.esam_step(batch_closure(self.replica, loss_fn, *batch))
 
-    It stands before ``LightningModule`` among the bases, of ``pytorch_lightning`` or ``lightning`` alike. Schedulers are
-    stepped as in automatic optimization. Who overrides ``on_train_epoch_end`` or ``on_before_optimizer_step`` calls
+    It stands before ``LightningModule`` among the bases, of ``pytorch_lightning`` or ``lightning`` alike. Schedulers
+    are stepped as in automatic optimization. Who overrides ``on_train_epoch_end`` or ``on_before_optimizer_step`` calls
     ``super()``'s.
 
     Attributes:

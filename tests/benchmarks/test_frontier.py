@@ -436,8 +436,19 @@ def test_factors_are_chosen_on_images_that_are_neither_trained_nor_tested_on(tmp
 
 
 def test_a_whole_sweep_with_choices_on_small_images_with_adamw(tmp_path, capsys):
-    arguments = [*TINY, *CHOOSE[:2], *CHOOSE[4:], "--configurations", "sgd", "momentum", "nesterov", "--epochs", "2"]
-    arguments += ["--image-size", "6", "--batch-size", "50", "--sharpness-samples", "0", "--output", str(tmp_path)]
+    arguments = [*TINY, *CHOOSE[:2], *CHOOSE[4:], "--configurations", "sgd", "momentum", "nesterov", "random-direction"]
+    arguments += [
+        "--epochs",
+        "2",
+        "--image-size",
+        "6",
+        "--batch-size",
+        "50",
+        "--sharpness-samples",
+        "0",
+        "--output",
+        str(tmp_path),
+    ]
     with pytest.raises(SystemExit):
         frontier.main([*arguments, "--base", "adamw"])
     assert "--configurations nesterov: Nesterov's momentum is SGD's" in capsys.readouterr().err

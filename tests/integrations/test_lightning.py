@@ -243,9 +243,9 @@ def test_the_mixin_gives_the_scaler(overflows):
 
 
 def test_the_mixin_refuses_what_it_cannot_use():
+    module = Manual(network())
+    module.accumulate_grad_batches = 0
     with pytest.raises(ValueError, match="accumulate_grad_batches = 0"):
-        module = Manual(network())
-        module.accumulate_grad_batches = 0
         trainer().fit(module, loader())
 
     class Other(Manual):
