@@ -40,6 +40,11 @@ STYLE: Any = {
 }
 
 
+def _style(name: str) -> dict[str, Any]:
+    """A configuration's own style, or that of the method that it is a kind of; that of others."""
+    return STYLES.get(name) or STYLES.get(name.partition("-")[0]) or OTHERS
+
+
 def accuracy_over_time(result: dict[str, Any], path: Path) -> None:
     """Test accuracy against seconds of training: mean of the finished seeds, shaded from the lowest to the highest."""
     with _axes(path, f"{_title(result)}: accuracy over training time") as ax:
@@ -171,7 +176,7 @@ def frontier(result: dict[str, Any], path: Path) -> None:
             for number, (name, one) in enumerate(configurations.items(), 1):
                 if not one[panel]:
                     continue
-                color = STYLES.get(name.partition("-")[0], OTHERS)["color"]
+                color = _style(name)["color"]
                 marker: dict[str, Any] = {
                     "marker": f"${number}$",
                     "markersize": 5 if number < 10 else 9,
@@ -233,7 +238,7 @@ def headline(result: dict[str, Any], names: Collection[str], path: Path) -> None
         figure = Figure(figsize=(7.2, 0.9 + 0.32 * len(shown)), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.4))
         for row, (name, (cost, accuracy, deviation)) in enumerate(shown.items()):
-            style = STYLES[name.partition("-")[0]]
+            style = _style(name)
             left.barh(row, cost, height=0.6, color=style["color"])
             about = {"color": style["color"], "marker": style["marker"], "markersize": 7}
             right.errorbar(accuracy, row, xerr=deviation, capsize=3, linestyle="none", **about)
