@@ -658,6 +658,42 @@ def test_accelerate():
     recipe.check_trained(3 * math.ceil(len(recipe["loader"]) / 2))
 
 
+OURS = "ESAM(self.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.05, gamma=1)"
+PLAIN = {  # how a recipe reads without ESAM
+    "A closure that runs backward itself": [
+        (OURS.replace("self", "model"), "torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)")
+    ],
+    "PyTorch Lightning": [
+        (OURS, "torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)"),
+        ("\nfrom esam_kernels import current_pass, first_pass\n", ""),  # so that its log is of the loss at the weights
+        ("        if current_pass() == first_pass():\n    ", ""),
+    ],
+    "Transformers Trainer": [
+        (
+            "ESAMTrainer(model, arguments, train_dataset=dataset, rho=0.05)",
+            "Trainer(model, arguments, train_dataset=dataset)",
+        ),
+        ("from transformers import TrainingArguments\n", "from transformers import Trainer, TrainingArguments\n"),
+        ("\nfrom esam_kernels.integrations.transformers import ESAMTrainer\n", ""),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "most"), [(one, 3 if one == "Transformers Trainer" else 1) for one in PLAIN])
+def test_how_many_lines_change(name, most):
+    """Beside the import that the page begins with, and in Lightning the guard of a log."""
+    ours = blocks(RECIPES[name])[0]
+    plain = ours
+    for mine, theirs in PLAIN[name]:
+        assert plain.count(mine) == 1
+        plain = plain.replace(mine, theirs)
+    assert "ESAM" not in plain
+    assert "esam" not in plain
+    changed = [line for line in ours.splitlines() if line.strip() and line not in plain.splitlines()]
+    unneeded = [line for line in changed if "current_pass" in line or line.startswith(" " * 12)]
+    assert len(changed) - len(unneeded) <= most
+
+
 class Network(nn.Module):
     """A network that is called as those of the Transformers library are."""
 
