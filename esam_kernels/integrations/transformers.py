@@ -87,7 +87,9 @@ class ESAMTrainer(Trainer):
             losses = [self.accelerator.no_sync(model)(step)(inputs=batch) for batch in batches[:-1]]
             return torch.stack([*losses, step(inputs=batches[-1])]).sum()
 
-        return esam._run_ordinary(closure)
+        loss = esam._run_ordinary(closure)
+        esam._progress.has_gradient = True  # for the step that the Trainer takes once it has clipped it
+        return loss
 
     def _step_by_samples(self, model: nn.Module, batches: list[Any]) -> Tensor:
         assert self.esam is not None
