@@ -28,8 +28,7 @@ def folder(tmp_path_factory):
     frontier.main([*TINY, "--epochs", "1", "--seeds", "1", "--rounds", "1", "--configurations", "sgd", "esam", *output])
     rounding.main([*TINY, "--epochs", "1", "--seeds", "1", *output])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "CASES", {"tiny": memory.Case("tiny", lambda: memory._mlp(3, 4, 10), (8, 3, 1, 1))})
-        memory.main(["--device", "cpu", *output])
+        memory.main(["--device", "cpu", "--models", "tiny", *output])
         patch.setattr(operators, "MODELS", {"ResNet-18": [(3, 4), (5,)]})
         patch.setattr(operators, "_compiled", lambda *_: None)
         patch.setattr(operators.torch, "compile", lambda call: call)
