@@ -5,7 +5,7 @@ READY := .venv/ready
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: bench results test test-newest attack wheel wheel-test check format sanitize test-gpu gpu sanitize-gpu clean
+.PHONY: bench results test test-newest attack docs wheel wheel-test check format sanitize test-gpu gpu sanitize-gpu clean
 
 bench: $(READY)  # what SGD, SAM and ESAM cost and buy here, in short, with a report in build/bench; 6 minutes on 2 cores
 	$(BIN)/python -m benchmarks train --epochs 20 --restart --output build/bench
@@ -51,6 +51,10 @@ wheel-test:
 
 attack: $(READY)  # exceptions at any instant of a step, for 10 minutes: nothing may be lost; counts in build/attack.json
 	PYTHONPATH=. $(BIN)/python tests/attack.py --minutes 10 --output build/attack.json
+
+docs: $(READY)  # the site in build/site; needs no network, and fails on a dead link
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "Written to build/site: open index.html, or run '$(BIN)/mkdocs serve' to see what you write"
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -13,7 +13,7 @@ COMMANDS = {
     "rounding": "what stochastic rounding of the perturbation does to weights in bf16",
     "gpu": "all that a GPU is needed for, within ten minutes, and what is left in the next",
     "unpack": "a pack of JPEG files as arrays, for machines without pillow",
-    "report": "the results of all of these as a page, as Markdown and in the README",
+    "report": "the results of all of these as a page, as Markdown, and in README and docs",
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from .bases import Bases, each_of
 from .ops.reference import is_dense
 from .options import OPTIONS, STEP, STORED
 from .sharding import is_sharded, local_shard
@@ -35,6 +36,14 @@ def params_of(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
 
 def keep_contents(base: torch.optim.Optimizer) -> Callable[[], None]:
     """Keep which groups and state an optimizer has; the function that is returned puts them back."""
+    if isinstance(base, Bases):
+        of_each = [keep_contents(one) for one in base.bases]
+
+        def put_all_back() -> None:
+            for put_back in of_each:
+                put_back()
+
+        return put_all_back
     groups, state = base.param_groups, base.state
     of_groups = [(group, dict(group)) for group in groups]
     of_state = [(key, value, dict(value) if isinstance(value, dict) else None) for key, value in state.items()]
@@ -56,28 +65,42 @@ def keep_contents(base: torch.optim.Optimizer) -> Callable[[], None]:
 
 
 def make_base(
-    params: Any, base: type[torch.optim.Optimizer] | torch.optim.Optimizer, base_options: dict[str, Any]
+    params: Any,
+    base: type[torch.optim.Optimizer]
+    | torch.optim.Optimizer
+    | list[torch.optim.Optimizer]
+    | tuple[torch.optim.Optimizer, ...],
+    base_options: dict[str, Any],
 ) -> tuple[torch.optim.Optimizer, dict[str, str]]:
     """The base optimizer, and under which key each of ESAM's options stands in its groups.
 
     Args:
         params: what the constructor was given.
-        base: a class, which is made; or an optimizer, which is checked.
+        base: a class, which is made; or an optimizer, or several, which are checked.
         base_options: for the class.
 
     Raises:
         TypeError: if ``base`` is no optimizer.
         ValueError: if it cannot be the base of an ESAM, or what is given with it does not fit.
     """
+    if isinstance(base, list | tuple):
+        for one in base:
+            if not isinstance(one, torch.optim.Optimizer):
+                raise TypeError(
+                    f"base has {one!r} in its list: make each optimizer with its parameters, as in ESAM(None, "
+                    "[torch.optim.Muon(matrices), torch.optim.AdamW(others)])"
+                )
+            _check_kind(type(one))
+            _check_free(one)
+        if not base:
+            raise ValueError("base is an empty list: give an optimizer's class, or optimizers")
+        base = Bases(base)
     kind = base if isinstance(base, type) else type(base)
     if not issubclass(kind, torch.optim.Optimizer):
         raise TypeError(f"base is {base!r}: give an optimizer's class, such as torch.optim.SGD, or an optimizer")
-    closure = inspect.signature(kind.step).parameters.get("closure")
-    if hasattr(kind, "second_step") or (closure is not None and closure.default is inspect.Parameter.empty):
-        raise ValueError(f"{kind.__name__} evaluates a closure in its own step, so ESAM cannot be built on it")
+    _check_kind(kind)
     if isinstance(base, torch.optim.Optimizer):
-        if STEP in base.defaults:
-            raise ValueError(f"this {kind.__name__} is the base of another ESAM already: make a new one")
+        _check_free(base)
         _check_same_params(params, base)
         if base_options:
             raise ValueError(f"{next(iter(base_options))} cannot be set: the base optimizer is made already")
@@ -101,6 +124,17 @@ def make_base(
     return made, _keys(made, given)
 
 
+def _check_kind(kind: type[torch.optim.Optimizer]) -> None:
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if hasattr(kind, "second_step") or (closure is not None and closure.default is inspect.Parameter.empty):
+        raise ValueError(f"{kind.__name__} evaluates a closure in its own step, so ESAM cannot be built on it")
+
+
+def _check_free(base: torch.optim.Optimizer) -> None:
+    if STEP in base.defaults:
+        raise ValueError(f"this {type(base).__name__} is the base of another ESAM already: make a new one")
+
+
 def _keys(base: torch.optim.Optimizer, given: Sequence[Collection[str]]) -> dict[str, str]:
     """Under which key each of ESAM's options stands in the groups: ``esam_rho`` where the base has a rho of its own.
 
@@ -108,7 +142,7 @@ def _keys(base: torch.optim.Optimizer, given: Sequence[Collection[str]]) -> dict
         base: the optimizer, whose groups may hold more than its defaults.
         given: for each of its groups, the keys that whoever made the groups may have meant for ESAM.
     """
-    taken = set(base.defaults)
+    taken = {key for one in each_of(base) for key in one.defaults}
     for group, keys in zip(base.param_groups, given):
         if STEP in group:  # from a checkpoint of another ESAM, which has told them apart
             taken.update(name for name in STORED if f"esam_{name}" in group)
@@ -128,6 +162,11 @@ def check_ascent(base: torch.optim.Optimizer, ascent: str, groups: Sequence[dict
     Raises:
         ValueError: if it keeps no first moment and that is to be climbed along, or keeps a part of the state alone.
     """
+    if isinstance(base, Bases):
+        for one in base.bases:
+            own = {id(group) for group in one.param_groups}
+            check_ascent(one, ascent, [group for group in groups if id(group) in own])
+        return
     if ascent == "gradient" or not groups:
         return
     name = type(base).__name__
@@ -177,9 +216,9 @@ def check_storage(params: Sequence[Tensor]) -> None:
             )
     stored = [local_shard(param) for param in params if not is_lazy(param) and param.device.type != "meta"]
     stored = [param for param in stored if param.numel() > 0]
-    spans = sorted(((*_span(param), i) for i, param in enumerate(stored)), key=lambda span: span[:2])
+    spans = sorted(((*span(param), i) for i, param in enumerate(stored)), key=lambda span: span[:2])
     for param in stored:
-        if not is_dense(param) and _addresses(param).unique().numel() < param.numel():
+        if not is_dense(param) and _addresses(param).unique().numel() < param.numel() * param.element_size():
             raise ValueError(
                 f"a parameter of shape {list(param.shape)} and strides {list(param.stride())} holds elements twice: "
                 "give a contiguous one, such as its clone()"
@@ -196,25 +235,27 @@ def check_storage(params: Sequence[Tensor]) -> None:
                 )
 
 
-def _span(param: Tensor) -> tuple[int, int]:
+def span(param: Tensor) -> tuple[int, int]:
     """The addresses that its elements lie between."""
     last = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride()))
     return param.data_ptr(), param.data_ptr() + (last + 1) * param.element_size()
 
 
 def _addresses(param: Tensor) -> Tensor:
-    """The address of each element, int64."""
+    """The address of each of its bytes, int64."""
     places = torch.zeros((), dtype=torch.int64)
     for size, stride in zip(param.shape, param.stride()):
         places = places[..., None] + torch.arange(size) * stride
-    return param.data_ptr() + places.flatten() * param.element_size()
+    size = param.element_size()
+    return param.data_ptr() + (places.flatten()[:, None] * size + torch.arange(size)).flatten()
 
 
 def storage_of(params: Sequence[Tensor]) -> list[int]:
-    """Where the parameters lie, to see whether ``check_storage`` has to be asked again."""
-    if any(map(is_lazy, params)) or any(map(is_sharded, params)):  # these do not say; FSDP2 keeps its own apart
+    """Where and how the parameters lie, to see whether ``check_storage`` has to be asked again."""
+    kinds = {type(param): param for param in params}.values()
+    if any(map(is_lazy, kinds)) or any(map(is_sharded, kinds)):  # these do not say; FSDP2 keeps its own apart
         return []
-    return list(map(Tensor.data_ptr, params))
+    return [*map(Tensor.data_ptr, params), *map(Tensor.numel, params), *map(Tensor.is_contiguous, params)]
 
 
 def check_not_empty(params: Any) -> None:

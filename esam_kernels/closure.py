@@ -3,9 +3,13 @@
 import copy
 from collections import UserDict
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
+from types import CellType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
+
+from .eager import eager
 
 # Per-sample losses, shape [b]; or losses and weights, shape [b] each.
 Losses = Tensor | tuple[Tensor, Tensor]
@@ -33,6 +37,7 @@ class BatchClosure:
         targets: Any,
         shared: Collection[str],
         rows: Tensor,
+        keep_outputs: bool = False,
     ) -> None:
         self.model = model
         self.loss_fn = loss_fn
@@ -41,6 +46,39 @@ class BatchClosure:
         self._inputs = inputs
         self._targets = targets
         self._shared = frozenset(shared)
+        self._keeps_outputs = keep_outputs
+        self._kept: list[Any] = []  # the outputs, once there are some
+        self._at_weights = False
+
+    @property
+    def outputs(self) -> Any:
+        """The model's outputs for the whole batch at the weights, detached, of the last ``backward`` with this closure.
+
+        They are those of its first pass, so that training accuracy costs no forward of its own: with a
+        ``steering_dtype`` in low precision. Tensors, numbers and None are kept, in lists, tuples and mappings, and of
+        what is neither None takes the place.
+
+        Raises:
+            RuntimeError: if they were not asked for, or no pass of the step ran on the whole batch at the weights.
+        """
+        if not self._keeps_outputs:
+            raise RuntimeError("outputs are kept only if asked for: batch_closure(..., keep_outputs=True)")
+        if not self._kept:
+            raise RuntimeError(
+                "there are no outputs: no backward() has been made with this closure, or none of its passes ran on the "
+                "whole batch at the weights, as with ascent='momentum' or 'previous', or with an ascent_share, where "
+                "nothing is selected by loss"
+            )
+        return self._kept[0]
+
+    def begin(self) -> None:
+        """A step begins, at the weights."""
+        self._kept.clear()
+        self._at_weights = True
+
+    def leave_weights(self) -> None:
+        """What follows is at perturbed weights, or of no step."""
+        self._at_weights = False
 
     def __call__(self, index: Tensor | None = None) -> Losses:
         """Losses of the whole batch, or of the rows in ``index`` (int64, shape [k]).
@@ -60,6 +98,8 @@ class BatchClosure:
             outputs = self.model(*inputs)
         else:
             outputs = self.model(inputs)
+        if self._keeps_outputs and self._at_weights and index is None and not self._kept:
+            self._kept.append(_detached(outputs))
         result = self.loss_fn(outputs, targets)
         for (path, tensor), version in zip(tensors, versions):
             if tensor._version != version:
@@ -76,6 +116,7 @@ class BatchClosure:
                 yield path, tensor
 
 
+@eager  # traced, it would be given what is inside a compiled model instead of that
 def batch_closure(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Losses],
@@ -83,6 +124,7 @@ def batch_closure(
     targets: Any,
     *,
     shared: Collection[str] = (),
+    keep_outputs: bool = False,
 ) -> BatchClosure:
     """Make the closure of one batch for ``ESAM.backward``: it computes the losses of all rows, or of some.
 
@@ -97,6 +139,7 @@ def batch_closure(
         targets: the same, or None.
         shared: paths of entries that belong to the whole batch and are passed on as they are: ``"inputs.mask"`` for
             ``inputs["mask"]``, ``"inputs.1"`` for ``inputs[1]``, ``"targets.weight"`` and so on.
+        keep_outputs: whether ``closure.outputs`` is what the model returned in the first pass of ``backward``.
 
     Raises:
         ValueError: if a tensor's first dimension is not the batch's, if there is no batch, or if ``shared`` names
@@ -130,7 +173,23 @@ def batch_closure(
                 f"{path} has {len(other)} rows but {first} has {len(rows)}: "
                 f"name it as shared=({path!r},) if it belongs to the whole batch; {BY_HAND}"
             )
-    return BatchClosure(model, loss_fn, inputs, targets, shared, rows)
+    return BatchClosure(model, loss_fn, inputs, targets, shared, rows, keep_outputs)
+
+
+def modules_behind(function: Any) -> Iterator[nn.Module]:
+    """The modules that a callable is, is a method of, or names, such as a lambda around a loss."""
+    if isinstance(function, nn.Module):
+        yield function
+    elif isinstance(function, partial):
+        for one in (function.func, *function.args, *function.keywords.values()):
+            yield from modules_behind(one)
+    else:
+        named = [getattr(function, "__self__", None)]
+        function = getattr(function, "__func__", function)
+        if isinstance(function, FunctionType):
+            named += [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+            named += [function.__globals__.get(name) for name in function.__code__.co_names]
+        yield from (one for one in named if isinstance(one, nn.Module))
 
 
 def _check_rows(result: Any, rows: int) -> None:
@@ -161,6 +220,33 @@ def _tensors_of(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors_of(item, f"{path}.{i}")
 
 
+def _detached(value: Any) -> Any:
+    """The tensors of a nested output without their graph, which would keep all that its nodes hold."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, Mapping):
+        return _with_items(value, {key: _detached(item) for key, item in value.items()})
+    if isinstance(value, list | tuple):
+        return _with_elements(value, [_detached(item) for item in value])
+    return value if isinstance(value, bool | int | float | str) else None
+
+
+def _with_items(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A mapping of the same type, if it is known how to copy it, such as the Transformers library's BatchEncoding."""
+    if type(mapping) is dict or not isinstance(mapping, dict | UserDict):
+        return items
+    result = copy.copy(mapping)
+    for key, item in items.items():
+        result[key] = item
+    return result
+
+
+def _with_elements(sequence: Any, items: list[Any]) -> Any:
+    if hasattr(sequence, "_fields"):  # a named tuple
+        return type(sequence)(*items)
+    return items if isinstance(sequence, list) else tuple(items)
+
+
 def _take(rows: Tensor, index: Tensor) -> Tensor:
     return rows.index_select(0, index.to(rows.device))
 
@@ -181,17 +267,10 @@ def _map_rows(
         return function(value, path)
     if isinstance(value, Mapping):
         taken = {key: _map_rows(item, f"{path}.{key}", shared, function, seen) for key, item in value.items()}
-        if type(value) is dict or not isinstance(value, dict | UserDict):
-            return taken  # how to copy a mapping of another kind is not known
-        mapping = copy.copy(value)  # its own type, such as the Transformers library's BatchEncoding
-        for key, item in taken.items():
-            mapping[key] = item
-        return mapping
+        return _with_items(value, taken)
     if isinstance(value, list | tuple):
         items = [_map_rows(item, f"{path}.{i}", shared, function, seen) for i, item in enumerate(value)]
-        if hasattr(value, "_fields"):  # a named tuple
-            return type(value)(*items)
-        return items if isinstance(value, list) else tuple(items)
+        return _with_elements(value, items)
     raise TypeError(
         f"{path} is a {type(value).__name__}, of which no rows can be taken: name it as shared=({path!r},) if it "
         f"belongs to the whole batch; {BY_HAND}"

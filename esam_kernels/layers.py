@@ -21,7 +21,7 @@ def param_groups_by_layer(
 
     By default the first one holds the normalization layers, as SAM-ON has it (Mueller et al., NeurIPS 2023, arXiv
     2306.04226): with ``beta=1`` and ``gamma=1``, and a larger ``rho`` than SAM's. The first pass then computes no
-    weight gradient but theirs. ::
+    weight gradient but theirs:
 
         groups = param_groups_by_layer(model, rho=0.5)
         optimizer = ESAM(groups, torch.optim.SGD, lr=0.1, momentum=0.9, beta=1, gamma=1)

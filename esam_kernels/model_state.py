@@ -1,9 +1,12 @@
 """What the extra forward passes of a step must not disturb: buffers, random state, gradient sync, autocast's cache."""
 
+import gc
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import is_not
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -12,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from .base import span
 from .rollback import Rollback
 from .sharding import ShardedModules
 from .warn import warn
@@ -37,46 +41,93 @@ class Findings:
 
 
 class WrittenWeights:
-    """Keeps the weights that forwards write, such as those of ``nn.Embedding(max_norm=...)``, for a step that fails.
+    """Keeps the weights that forwards write, such as those of ``nn.Embedding(max_norm=...)``.
 
-    In the first step all are kept, until its first pass has shown which are written. Parameters of FSDP2 are not: their
-    forwards write gathered copies of them.
+    A step that fails puts them back, and one of several passes leaves them as the first one did. In the first step all
+    are kept, until that pass has shown which are written; what is first written in a later step, from the next one on.
+    Parameters of FSDP2 are not: their forwards write gathered copies of them.
     """
 
     def __init__(self, params: Sequence[Tensor], rollback: Rollback, findings: Findings) -> None:
         self._findings = findings
+        self._all = params
         places = range(len(params)) if findings.written is None else findings.written
         self._params = {i: params[i] for i in places if not is_lazy(params[i])}
-        self._kept = dict(zip(self._params, copy_all([param.data for param in self._params.values()])))
+        self._before = self._copies()
         if self._params:
             rollback.undo_by(self.put_back)
-        self.first_pass_begins()
+        self._count_from(self._before)
 
     def put_back(self) -> None:
         """Undo what forwards have written."""
-        copy_into([self._params[i].data for i in self._kept], list(self._kept.values()))
+        self._write(self._before)
 
     def first_pass_begins(self) -> None:
-        """Writes are counted from now on."""
-        if self._findings.written is None:
-            self._versions = {i: param._version for i, param in self._params.items()}
+        """Writes are counted from now on, when the weights have been perturbed before any pass."""
+        self._count_from(self._copies() if self._findings.written is None else {})
 
-    def first_pass_has_run(self, perturbed: bool = False) -> None:
-        """Find out in the first step which weights its first pass has written, and keep no others.
+    def _count_from(self, values: dict[int, Tensor]) -> None:
+        self._versions = {i: param._version for i, param in enumerate(self._all) if not is_lazy(param)}
+        self._values = values
 
-        Writes through ``.data`` move no version, but change values. On a GPU it would synchronize to see that.
+    def first_pass_has_run(self) -> None:
+        """Find out which weights the first pass has written, of those that are not known to be.
+
+        Writes through ``.data`` move no version, but change values, which is seen in the first step. On a GPU it would
+        synchronize to see that.
         """
-        if self._findings.written is not None:
-            return
-        written = [
-            i
-            for i, param in self._params.items()
-            if param._version != self._versions[i]
-            or not (perturbed or not param.is_cpu or torch.equal(param.data, self._kept[i]))
-        ]
-        for i in self._params.keys() - set(written):
-            del self._kept[i]
-        self._findings.written = written
+        known = self._findings.written
+        written = {i for i, version in self._versions.items() if self._all[i]._version != version}
+        if known is None:
+            written.update(i for i, value in self._values.items() if value.is_cpu and not self._holds(i, value))
+        self._values = {}
+        if known is None or not written.issubset(known):
+            self._findings.written = sorted(written.union(known or ()))
+            self._params = {i: self._all[i] for i in self._findings.written}
+            self._before = {i: value for i, value in self._before.items() if i in self._params}
+
+    def keep_first_pass(self) -> Callable[[], None]:
+        """Keep what the first pass has left; the function that is returned undoes what later ones have written."""
+        left = self._copies()
+        return lambda: self._write(left)
+
+    def _copies(self) -> dict[int, Tensor]:
+        return dict(zip(self._params, copy_all([param.data for param in self._params.values()])))
+
+    def _write(self, values: dict[int, Tensor]) -> None:
+        copy_into([self._all[i].data for i in values], list(values.values()))
+
+    def _holds(self, place: int, value: Tensor) -> bool:
+        return torch.equal(self._all[place].data, value)
+
+
+class FoundModels:
+    """The modules that parameters are in, for closures that do not say what they call."""
+
+    def __init__(self) -> None:
+        self._params: list[int] = []
+        self._roots: list[weakref.ref[nn.Module]] = []  # not to keep a model alive, nor to be copied with an optimizer
+
+    def __reduce__(self) -> Any:
+        return FoundModels, ()
+
+    def of(self, params: Sequence[Tensor]) -> list[nn.Module]:
+        """The outermost of the modules alive that hold any of these parameters; looked for when they change."""
+        ids = list(map(id, params))
+        roots = [root() for root in self._roots]
+        if ids != self._params or None in roots:
+            found = list(_roots(set(ids)))
+            self._params, self._roots = ids, list(map(weakref.ref, found))
+            return found
+        return [root for root in roots if root is not None]
+
+
+def _roots(ids: Collection[int]) -> Iterator[nn.Module]:
+    # Not isinstance(), which asks objects for their class: proxies and lazy imports answer with errors.
+    modules = [found for found in gc.get_objects() if issubclass(type(found), nn.Module) and "_modules" in vars(found)]
+    holders = [module for module in modules if any(id(param) in ids for param in module.parameters())]
+    inner = {id(child) for module in holders for child in module.modules() if child is not module}
+    return (module for module in holders if id(module) not in inner)
 
 
 class Start(NamedTuple):
@@ -96,7 +147,6 @@ class ModelState:
         self._replicas = [module for module in self._modules if isinstance(module, DistributedDataParallel)]
         self.shards = ShardedModules(self._modules, params)
         self.params = params
-        self._ids = {id(param) for param in params}
         self._devices = sorted({param.device for param in params} - {torch.device("cpu")}, key=str)
 
     @property
@@ -121,32 +171,43 @@ class ModelState:
         buffers, random_state = self.keep_buffers(), self.keep_random_state()
         rollback.undo_by(buffers)
         rollback.undo_by(random_state)
+        if not self.shards:  # FSDP2 replaces parameters itself
+            rollback.undo_by(keep_entries([module._parameters for module in self._modules]))
         sending = [one for one in self._replicas if one._check_sync_bufs_pre_fwd()] if several else []
         for replica in sending:
             replica._sync_buffers()
         if sending:
             buffers = self.keep_buffers()
-        return Start(buffers, random_state, WrittenWeights(() if self.shards else self.params, rollback, findings))
+        written = WrittenWeights(() if self.shards else self.params, rollback, findings)
+        if several and not findings.watched:
+            self._check_buffers()
+        return Start(buffers, random_state, written)
 
-    def watch(self, findings: Findings) -> Callable[[], None]:
-        """In the first step, look for tensors outside of buffers that a forward writes; a warning says which.
+    def keep_first_pass(self, start: Start, findings: Findings) -> Callable[[], None]:
+        """Keep what the first of several passes has left; the function that is returned puts it back after the last."""
+        start.written.first_pass_has_run()
+        buffers, weights, watched = self.keep_buffers(), start.written.keep_first_pass(), self._watch(findings)
+
+        def put_back() -> None:
+            buffers()
+            weights()
+            watched()
+
+        return put_back
+
+    def _watch(self, findings: Findings) -> Callable[[], None]:
+        """In the first step, look for tensors outside of buffers that the passes after the first write.
 
         Returns:
-            The function to call when the first pass has run.
+            The function to call when they have run, which warns of them.
         """
         if findings.watched or self.shards:
             return lambda: None
-        tensors = {
-            f"{type(module).__name__}.{name}": tensor
-            for module in self._modules
-            for name, tensor in (*vars(module).items(), *self._foreign_parameters(module))
-            if isinstance(tensor, Tensor) and not is_lazy(tensor) and not tensor.is_inference()
-        }
-        versions = {name: tensor._version for name, tensor in tensors.items()}
+        tensors = [(name, tensor, tensor._version) for name, tensor in self._tensors_outside_buffers()]
 
-        def first_pass_has_run() -> None:
+        def passes_have_run() -> None:
             findings.watched = True
-            written = sorted(name for name, tensor in tensors.items() if tensor._version != versions[name])
+            written = sorted({name for name, tensor, version in tensors if tensor._version != version})
             if written:
                 warn(
                     f"forwards write {', '.join(written)}, outside of buffers: each pass of a step does so. Make it a "
@@ -154,36 +215,67 @@ class ModelState:
                     "esam_kernels.current_pass() in (None, esam_kernels.first_pass())"
                 )
 
-        return first_pass_has_run
+        return passes_have_run
 
-    def _foreign_parameters(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """The module's own parameters that the optimizer does not have, such as a momentum encoder's."""
-        for name, param in module._parameters.items():
-            if param is not None and id(param) not in self._ids:
-                yield name, param
+    def _check_buffers(self) -> None:
+        """Refuse buffers that are parts of weights: passes would put the weights back with them.
+
+        Raises:
+            ValueError: if there is one.
+        """
+        if self.shards:
+            return
+        weights = [span(param) for param in self.params if not is_lazy(param) and param.numel() > 0]
+        for module in self._modules:
+            for name, buffer in module._buffers.items():
+                if buffer is None or is_lazy(buffer) or not _is_plain(buffer) or buffer.numel() == 0:
+                    continue
+                start, end = span(buffer)
+                if buffer.device.type != "meta" and any(start < stop and begin < end for begin, stop in weights):
+                    raise ValueError(
+                        f"the buffer {type(module).__name__}.{name} shares memory with a parameter, which a step "
+                        "perturbs, while every pass begins with the buffers from before it: register a copy, or make "
+                        "it a property that returns the part"
+                    )
+
+    def _tensors_outside_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """With names, those in attributes of modules, also in lists, dicts and modules that are hidden there.
+
+        Parameters that are not trained, such as a momentum encoder's, are among them.
+        """
+        trained = [param for param in self.params if param.requires_grad]
+        buffers = [buffer for module in self._modules for buffer in module._buffers.values()]  # DDP lists them as well
+        seen = {*map(id, trained), *map(id, self._modules), *map(id, buffers)}
+        for module in self._modules:
+            values = {name: value for name, value in vars(module).items() if name not in ("_buffers", "_modules")}
+            for name, value in (*values.pop("_parameters").items(), *values.items()):
+                yield from _tensors_in(value, f"{type(module).__name__}.{name}", seen)
 
     def keep_buffers(self) -> Callable[[], None]:
         """Keep every buffer and its value; the function that is returned puts them back.
 
         Values, since batch norm's updates do not show in version counters. Buffers that a module replaces by other
-        tensors become the old tensors again.
+        tensors become the old tensors again, and those that it adds are gone.
         """
-        kept = [
-            # What was made under inference_mode cannot be written: a copy takes its place.
-            (module, name, buffer.clone() if buffer is not None and _is_inference(buffer) else buffer)
-            for module in self._modules
-            for name, buffer in module._buffers.items()
+        entries = [module._buffers for module in self._modules]
+        for of_module in entries:
+            for name, buffer in of_module.items():
+                if buffer is not None and _is_inference(buffer):
+                    of_module[name] = buffer.clone()  # which can be written
+        rebind = keep_entries(entries)
+        buffers = [
+            buffer
+            for of_module in entries
+            for buffer in of_module.values()
+            if buffer is not None and not is_lazy(buffer)
         ]
-        buffers = [buffer for _, _, buffer in kept if buffer is not None and not is_lazy(buffer)]
         written = [buffer for buffer in buffers if _is_plain(buffer)]
         values = copy_all(written)
         special = [(buffer, buffer.clone()) for buffer in buffers if not _is_plain(buffer) and _can_be_written(buffer)]
 
         @torch.no_grad()
         def put_back() -> None:
-            for module, name, buffer in kept:
-                if module._buffers.get(name) is not buffer:
-                    module._buffers[name] = buffer
+            rebind()
             for buffer, value in zip(written, values):
                 if buffer.shape != value.shape:  # as observers do
                     buffer.resize_(value.shape)
@@ -215,19 +307,25 @@ class ModelState:
 
         return replay
 
-    def bypass_replicas(self, rollback: Rollback) -> Callable[[], None]:
+    def bypass_replicas(self, rollback: Rollback, into_grad: bool) -> Callable[[], None]:
         """Call what ``DistributedDataParallel`` wraps directly, for passes whose gradients are not reduced.
+
+        Args:
+            rollback: the step's.
+            into_grad: whether these passes run a backward into ``.grad``, from which a replica with a static graph
+                would learn that there are two in an iteration: it stays, and reduces their gradients, too.
 
         Returns:
             The function that puts the wrappers back.
         """
+        replicas = [replica for replica in self._replicas if not (into_grad and replica.static_graph)]
 
         def put_back() -> None:
             for replica in self._replicas:
                 vars(replica).pop("forward", None)
 
         rollback.undo_by(put_back)
-        for replica in self._replicas:
+        for replica in replicas:
             # An instance attribute hides the class's forward; not set through Module, which would register the module.
             vars(replica)["forward"] = replica.module.__call__
         return put_back
@@ -258,11 +356,11 @@ class ModelState:
         if self.shards:  # whose gradients are elsewhere until they are reduced
             return lambda: None
         grads = self.unsynchronized_gradients()
-        version = grads[0]._version if grads else 0
+        versions = [grad._version for grad in grads]
 
         def unchanged() -> None:
             found = self.unsynchronized_gradients()
-            if len(found) != len(grads) or (grads and (found[0] is not grads[0] or grads[0]._version != version)):
+            if len(found) != len(grads) or any(map(is_not, found, grads)) or [g._version for g in grads] != versions:
                 raise RuntimeError(
                     "a closure has changed the gradients in .grad: it returns losses, and leaves backward() and "
                     "zero_grad() to the optimizer, also model.zero_grad(), which would lose earlier micro-batches"
@@ -277,6 +375,20 @@ class ModelState:
         """
         torch.clear_autocast_cache()
         self.shards.release()
+
+
+def keep_entries(dicts: Iterable[dict[str, Any]]) -> Callable[[], None]:
+    """Keep which entries dicts have, such as the buffers of modules; the function that is returned puts them back."""
+    kept = [(one, dict(one)) for one in dicts]
+
+    def put_back() -> None:
+        for now, before in kept:
+            if now.keys() != before.keys() or any(map(is_not, now.values(), before.values())):
+                now.update(before)
+                for name in now.keys() - before.keys():
+                    del now[name]
+
+    return put_back
 
 
 @torch.no_grad()
@@ -300,6 +412,28 @@ def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     for tensor in tensors:
         groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     return list(groups.values())
+
+
+def _tensors_in(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor with a version in a value, with its name; ``seen`` are ids of what is left out."""
+    if id(value) in seen:
+        return
+    if isinstance(value, Tensor):
+        if not is_lazy(value) and not value.is_inference():
+            yield name, value
+        return
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, nn.Module):
+        items = (*value.named_parameters(), *value.named_buffers())
+    elif isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return
+    seen.add(id(value))
+    for key, item in items:
+        yield from _tensors_in(item, f"{name}.{key}", seen)
 
 
 def _is_inference(buffer: Tensor) -> bool:

@@ -13,21 +13,23 @@ from torch.utils.hooks import RemovableHandle
 
 from . import options, sharpness
 from .base import check_ascent, check_params, check_storage, keep_contents, make_base, of_base, params_of, storage_of
-from .closure import Closure
-from .model_state import Findings, ModelState
+from .bases import each_of
+from .closure import Closure, modules_behind
+from .eager import eager
+from .last_step import LastStep
+from .model_state import Findings, FoundModels, ModelState
 from .options import OPTIONS, STEP, STORED
+from .ordinary import OrdinaryClosure
 from .passes.ascend import Ascent, check_gradient
 from .passes.draw import drawn
+from .passes.ordinary import check_ordinary
 from .passes.perturb import Perturbation, perturb
 from .passes.sources import copy_gradients, keep_gradients
 from .rollback import Rollback
 from .sharding import check_same_on_ranks, is_sharded
 from .step import Step, Weight
-from .warn import warn
-
-# No part of a step is traced by torch.compile, which would lose what happens between tensors and optimizer: whoever
-# compiles a whole training step gets a graph break there. Models compiled by themselves stay so.
-eager = torch.compiler.disable
+from .trainers import check_closure_caller, check_plain_caller, computation_in
+from .warn import called_by_scaler, warn
 
 
 def _registers_for_owner(name: str) -> Any:
@@ -40,8 +42,14 @@ def _registers_for_owner(name: str) -> Any:
     return register
 
 
-def _call_for_owner(owner: "ESAM", hook: Callable[..., Any], _base: torch.optim.Optimizer, *args: Any) -> Any:
-    return hook(owner, *args)
+def _call_for_owner(owner: "ESAM", hook: Callable[..., Any], base: torch.optim.Optimizer, *args: Any) -> Any:
+    """Call a hook with the ESAM in place of its base, also among the arguments of a step, which it may replace."""
+    result = hook(owner, *(_exchanged(arg, base, owner) for arg in args))
+    return tuple(_exchanged(item, owner, base) for item in result) if isinstance(result, tuple) else result
+
+
+def _exchanged(value: Any, one: Any, other: Any) -> Any:
+    return tuple(other if item is one else item for item in value) if isinstance(value, tuple) else value
 
 
 @dataclass
@@ -54,10 +62,14 @@ class _Progress:
     phase: str = ""  # what is under way, for error messages
     perturbation: Perturbation | None = None  # between first_step() and second_step()
     has_gradient: bool = False  # between backward() and step()
+    restored: bool = False  # between restore() and step()
     findings: Findings = field(default_factory=Findings)  # of the steps before
     storage: list[int] = field(default_factory=list)  # where the parameters lay when they were checked last
     scaler_states: Any = None  # of the grad scaler of the last backward(), which makes new ones in its update()
     warned: set[str] = field(default_factory=set)
+    ordinary: OrdinaryClosure | None = None  # whose calls are under way
+    models: FoundModels = field(default_factory=FoundModels)  # of ordinary closures
+    last: LastStep | None = None
 
 
 class ESAM(torch.optim.Optimizer):
@@ -65,7 +77,7 @@ class ESAM(torch.optim.Optimizer):
 
     Source: Du et al., "Efficient Sharpness-aware Minimization for Improved Training of Neural Networks", ICLR 2022,
     arXiv 2110.03141. With ``beta = gamma = 1`` it is SAM (arXiv 2010.01412), with ``adaptive`` as well ASAM (arXiv
-    2102.11600), and with ``rho = 0`` the base optimizer. ::
+    2102.11600), and with ``rho = 0`` the base optimizer:
 
         optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.05, beta=0.6, gamma=0.5)
         for inputs, targets in loader:
@@ -80,7 +92,10 @@ class ESAM(torch.optim.Optimizer):
     Args:
         params: parameters or parameter groups, as for any optimizer; groups may have options of their own that are
             said to be per parameter group. None, or the same parameters, if ``base`` is an optimizer already.
-        base: class of the base optimizer, made with ``base_options``; or a ready optimizer.
+        base: class of the base optimizer, made with ``base_options``; or a ready optimizer; or a list of ready ones,
+            each with parameters of its own, such as ``[torch.optim.Muon(matrices), torch.optim.AdamW(others)]``. They
+            are perturbed together, with one norm, and groups, state and checkpoints are those of all, one after
+            another; a new group goes to the last.
     {options}
         model: the model, if closures are written by hand: its buffers are kept from the extra passes. Several networks
             are given as one ``nn.ModuleList``.
@@ -92,10 +107,14 @@ class ESAM(torch.optim.Optimizer):
         TypeError: if ``base`` is no optimizer, or ``model`` no module.
     """
 
+    @eager
     def __init__(
         self,
         params: Any,
-        base: type[torch.optim.Optimizer] | torch.optim.Optimizer,
+        base: type[torch.optim.Optimizer]
+        | torch.optim.Optimizer
+        | list[torch.optim.Optimizer]
+        | tuple[torch.optim.Optimizer, ...],
         *,
         model: nn.Module | None = None,
         **base_options: Any,
@@ -104,22 +123,23 @@ class ESAM(torch.optim.Optimizer):
             raise TypeError(f"model is {model!r}: give a module, and several networks as one nn.ModuleList")
         # Optimizer.__init__ is not called: it would make groups, state and hooks beside the base optimizer's.
         given = {name: base_options.pop(name) for name in OPTIONS if name in base_options}
-        base, keys = make_base(params, base, base_options)
-        values = options.make(given, "betas" in base.defaults)
+        made, keys = make_base(params, base, base_options)
+        values = options.make(given, "betas" in made.defaults)
         settings = {keys[name]: value for name, value in values.items()}
         # What a group says of itself holds, unless another ESAM said it, whose checkpoint the base has loaded.
-        groups = [settings if STEP in group else {**settings, **group} for group in base.param_groups]
+        groups = [settings if STEP in group else {**settings, **group} for group in made.param_groups]
         groups = [{key: group[key] for key in settings} for group in groups]
         shared, own = options.read(groups, keys)
-        check_ascent(base, shared.ascent, [group for group, one in zip(base.param_groups, own) if one.rho > 0])
-        check_params(base.param_groups)
-        check_storage(params_of(base.param_groups))
-        self.base: torch.optim.Optimizer = base
+        check_ascent(made, shared.ascent, [group for group, one in zip(made.param_groups, own) if one.rho > 0])
+        check_params(made.param_groups)
+        check_storage(params_of(made.param_groups))
+        self.base: torch.optim.Optimizer = made
         self.model = model
         self._keys = keys
         self._progress = _Progress()
-        base.defaults.update(settings)
-        for group, own_settings in zip(base.param_groups, groups):
+        for each in each_of(made):
+            each.defaults.update(settings)
+        for group, own_settings in zip(made.param_groups, groups):
             group.update(own_settings)
 
     # One truth: the base optimizer's, whose hooks are called with this optimizer.
@@ -201,13 +221,14 @@ class ESAM(torch.optim.Optimizer):
         """
         self._require_idle("add_param_group()")
         shared = {key: self.param_groups[0][key] for name, key in self._keys.items() if not STORED[name].per_group}
-        self.base.add_param_group({**shared, **param_group})
+        put_back = keep_contents(self.base)
         try:
+            self.base.add_param_group({**shared, **param_group})
             options.read(self.param_groups, self._keys)
             check_params(self.param_groups)
             check_storage(params_of(self.param_groups))
-        except ValueError:
-            self.param_groups.pop()
+        except BaseException:
+            put_back()
             raise
 
     @eager
@@ -217,13 +238,15 @@ class ESAM(torch.optim.Optimizer):
         Raises:
             RuntimeError: during ``backward``, which has done it, and would lose those of earlier micro-batches.
         """
-        if self._progress.phase:
+        if self._progress.phase and self._progress.ordinary is None:
             raise RuntimeError(
                 f"zero_grad() was called during {self._progress.phase}, which does it itself: a closure returns "
                 "losses, and has no backward() or zero_grad() of its own"
             )
         self.base.zero_grad(set_to_none)
-        self._progress.has_gradient = False
+        self._progress.has_gradient = self._progress.restored = False
+        if self._progress.ordinary is not None and set_to_none:
+            self._progress.ordinary.forget()
 
     # A step: a sharpness-aware backward, and an ordinary step.
 
@@ -239,9 +262,10 @@ class ESAM(torch.optim.Optimizer):
                 all of them) with their graph: one per sample, shape [b], or (losses, weights) of shape [b] each, of
                 which weighted means are taken. ``batch_closure`` makes one, which knows how many rows it has; where
                 rows are drawn before a pass has told that, one written by hand costs a forward more. A list of
-                closures is a list of micro-batches, whose gradients add up to that of one batch. With ``gamma=1`` one
-                loss will do, a 0-dimensional tensor, or a mapping or an object that has it as ``loss``; micro-batches
-                then weigh alike, or by what comes with it as (loss, weight).
+                closures is a list of micro-batches, whose gradients add up to that of one batch. With ``gamma=1`` and
+                ``ascent_share=1`` one loss will do, a 0-dimensional tensor, or a mapping or an object that has it as
+                ``loss``, or a mapping of such tensors alone, which are added; micro-batches then weigh alike, or by
+                what comes with it as (loss, weight).
             grad_scaler: scales the losses; ``unscale_``, ``step`` and ``update`` are called on it as always.
 
         Returns:
@@ -265,56 +289,110 @@ class ESAM(torch.optim.Optimizer):
         closures = _check_closures(closure)
         self._warn_of_lost_gradient(grad_scaler)
         rollback = Rollback()
-        step = self._make_step(rollback, closures, grad_scaler)
-
-        def work() -> Tensor:
-            # The number and not the step, which holds the rollback: in a cycle the backups would outlive the step.
-            rollback.undo_by(partial(self._reset, step.number))
-            self._progress.phase = "backward()"
-            self.base.zero_grad()
-            loss = sharpness.backward(step)
-            self._set_step_count(step.number + 1)
-            self._progress.phase = ""
-            self._progress.has_gradient = True
-            return loss
-
-        return rollback.run(work)
+        return self._run(self._make_step(rollback, closures, grad_scaler), "backward()")
 
     @eager
     def step(self, closure: Any = None) -> Any:
         """Take the base optimizer's step with the gradients in ``.grad``; with a closure, ``backward(closure)`` first.
 
+        A closure may also be that of ``torch.optim``, which takes no index: it clears the gradients, computes the loss,
+        calls ``loss.backward()`` and returns the loss. With ``gamma=1`` it makes a sharpness-aware step, too: its first
+        call gives the direction, from the gradient of all weights, and its second the gradient at the perturbed
+        weights; where ``ascent`` is not "gradient", and in plain steps, it is called once. What it must not disturb is
+        looked after as in ``backward``, in the given ``model`` or else in all modules that the parameters are in.
+
         Signals wait for the base optimizer, which would otherwise leave some weights updated and some not. An exception
         from another thread does not wait: where one may come, keep a checkpoint.
 
-        Trainers such as Lightning give a closure without an index, which runs hooks: after ``backward`` it is called.
+        Trainers such as Lightning give a closure without an index, which runs hooks, also after ``backward`` or
+        ``restore``: then it is called, and no more.
 
         Returns:
-            What ``backward`` returns, or None.
+            What ``backward`` returns, or what the first call of a closure without an index does, or None.
+
+        Raises:
+            RuntimeError: if a closure without an index made no gradient, a ``GradScaler`` calls this with a closure, or
+                a trainer has run a part of the step before; and where ``backward`` raises it.
+            ValueError: if a closure without an index is given and gamma or ascent_share is not 1; and where
+                ``backward`` raises it.
         """
         self._require_idle("step()")
+        if closure is not None and called_by_scaler():
+            raise RuntimeError(
+                "GradScaler.step() was given a closure, whose gradients it would neither check nor unscale: call "
+                "optimizer.backward(closure, grad_scaler) with a closure(index), then grad_scaler.step(optimizer)"
+            )
         loss = None
-        if callable(closure) and self._progress.has_gradient and _takes_no_index(closure):
-            closure()
+        if callable(closure) and _takes_no_index(closure):
+            if self._progress.has_gradient or self._progress.restored:
+                closure()
+            else:
+                check_closure_caller()
+                loss = self._run_ordinary(closure, in_step=True)
         elif closure is not None:
             loss = self.backward(closure)
-        elif not self._progress.has_gradient:
+        elif not (self._progress.has_gradient or self._progress.restored):
+            check_plain_caller()
             self._warn_of_plain_step()
 
         def work() -> None:  # nothing to undo, but signals come before the base optimizer's step, or after it
             copies = self._gradients_to_keep()
             self.base.step()
             keep_gradients(self.state, copies)
-            self._progress.has_gradient = False
+            self._progress.has_gradient = self._progress.restored = False
 
         Rollback().run(work)
         return loss
+
+    def _run_ordinary(self, closure: Callable[[], Any], in_step: bool = False) -> Any:
+        """The passes of an ordinary closure; what its first call returns.
+
+        Within ``step()`` its gradient is used at once: where that fails, the next ``step()`` begins anew.
+        """
+        rollback = Rollback()
+        models = [self.model] if self.model is not None else self._progress.models.of(params_of(self.param_groups))
+        ordinary = OrdinaryClosure(closure, computation_in(closure), params_of(self.param_groups))
+        step = self._make_step(rollback, models=models, ordinary=ordinary)
+        check_ordinary(step)
+        return self._run(step, "step()", stays=not in_step)
+
+    def _run(self, step: Step, phase: str, stays: bool = True) -> Any:
+        """Leave the gradient of the step in ``.grad``, or all as it was before; the loss of the first forward."""
+
+        def work() -> Any:
+            # The number and not the step, which holds the rollback: in a cycle the backups would outlive the step.
+            step.rollback.undo_by(partial(self._reset, step.number))
+            self._progress.ordinary = step.ordinary
+            self._progress.phase = phase
+            if step.ordinary is None:
+                self.base.zero_grad()
+            last = sharpness.backward(step)
+            loss = step.ordinary.returned[0] if step.ordinary else last.first_loss
+            self._set_step_count(step.number + 1)
+            self._progress.phase = ""
+            self._progress.ordinary = None
+            self._progress.last = last
+            self._progress.has_gradient = stays
+            return loss
+
+        return step.rollback.run(work)
+
+    @property
+    def last_step(self) -> LastStep | None:
+        """What the last ``backward()``, ``step(closure)`` or ``first_step()`` did; None before the first.
+
+        It has ``sharp``, the direction's ``norm``, ``loss``, ``perturbed_loss``, and how many ``rows`` and ``weights``
+        were taken. To hold it costs nothing; to read one of its tensors waits for the device.
+        """
+        return self._progress.last
 
     # The two halves of a step as in davda54/sam, for code that is written so.
 
     @eager
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturb the weights by the gradients in ``.grad``, of which beta keeps a part.
+
+        This counts as a step, as ``backward`` does, whatever follows: the next one draws anew.
 
         Raises:
             ValueError: if gamma, interval, start, ascent, ascent_share or steering_dtype is set, none of which can
@@ -339,14 +417,17 @@ class ESAM(torch.optim.Optimizer):
 
         def work() -> None:
             rollback.undo_by(lambda: setattr(self._progress, "perturbation", None))
+            rollback.undo_by(partial(self._set_step_count, step.number))
             weights = drawn(step)
             grads = [weight.param.grad for weight in weights]
             for weight, grad in zip(weights, grads):
                 check_gradient(weight, grad)
-            self._progress.perturbation = perturb(step, Ascent(weights, grads))
+            self._progress.perturbation = moved = perturb(step, Ascent(weights, grads))
             step.model_state.forget_weight_copies()
+            self._set_step_count(step.number + 1)
             if zero_grad:
                 self.base.zero_grad()
+            self._progress.last = LastStep(True, moved.norm, moved.weights)
 
         rollback.run(work)
 
@@ -358,7 +439,6 @@ class ESAM(torch.optim.Optimizer):
             RuntimeError: if ``first_step`` was not called before.
         """
         self.restore()
-        self._progress.has_gradient = True
         self.step()
         if zero_grad:
             self.zero_grad()
@@ -367,8 +447,8 @@ class ESAM(torch.optim.Optimizer):
     def restore(self) -> None:
         """Put the weights back after ``first_step`` without a step, bit for bit.
 
-        The step counts as made, as that of ``backward`` does, whether or not ``step`` follows: the next ``first_step``
-        draws anew. ``restore()`` and ``step()`` are ``second_step()`` in two, between which gradients can be unscaled.
+        ``restore()`` and ``step()`` are ``second_step()`` in two, between which gradients can be unscaled. Without a
+        step the next ``first_step`` draws anew all the same.
 
         Raises:
             RuntimeError: if ``first_step`` was not called before.
@@ -381,9 +461,9 @@ class ESAM(torch.optim.Optimizer):
             perturbation.restore()
             self._model_state().forget_weight_copies()
             self._progress.perturbation = None
+            self._progress.restored = True
 
         Rollback().run(work)
-        self._set_step_count(self._step_count + 1)
 
     # What stands in the parameter groups.
 
@@ -397,6 +477,7 @@ class ESAM(torch.optim.Optimizer):
 
     def _reset(self, step_count: int) -> None:
         self._progress.phase = ""
+        self._progress.ordinary = None
         self._progress.has_gradient = False
         self._set_step_count(step_count)
         self.base.zero_grad()
@@ -406,6 +487,8 @@ class ESAM(torch.optim.Optimizer):
         rollback: Rollback,
         closures: Sequence[Closure] = (),
         grad_scaler: torch.amp.GradScaler | None = None,
+        models: Sequence[nn.Module | None] = (),
+        ordinary: OrdinaryClosure | None = None,
     ) -> Step:
         """The step that comes next, with the settings as they stand in the groups now, checked."""
         settings, own = options.read(self.param_groups, self._keys)
@@ -425,15 +508,16 @@ class ESAM(torch.optim.Optimizer):
                 if group_settings.rho > 0 and param.requires_grad and not is_lazy(param):
                     weights.append(Weight(param, tensor_id, group_settings))
                 tensor_id += 1
-        model_state, findings = self._model_state(closures), self._progress.findings
+        model_state, findings = self._model_state(closures, models), self._progress.findings
         if model_state.shards and not findings.agreed:
             values = {name: [group[key] for group in self.param_groups] for name, key in self._keys.items()}
             values = {name: of_groups if STORED[name].per_group else of_groups[0] for name, of_groups in values.items()}
             check_same_on_ranks(values, [param for param in params_of(self.param_groups) if is_sharded(param)])
             findings.agreed = True
         return Step(
-            self._step_count, settings, weights, closures, model_state, rollback, self.state, findings, grad_scaler
-        )
+            self._step_count, settings, weights, closures, model_state, rollback, self.state, findings, grad_scaler,
+            ordinary,
+        )  # fmt: skip
 
     def _gradients_to_keep(self) -> dict[Tensor, Tensor]:
         """Those that the next steps may climb along, copied; none unless ``ascent`` is "previous"."""
@@ -442,10 +526,11 @@ class ESAM(torch.optim.Optimizer):
         groups = [group for group in self.param_groups if group[self._keys["rho"]] > 0]
         return copy_gradients(params_of(groups), self.state)
 
-    def _model_state(self, closures: Sequence[Closure] = ()) -> ModelState:
-        models = [self.model, *(getattr(one, name, None) for one in closures for name in ("model", "loss_fn"))]
+    def _model_state(self, closures: Sequence[Closure] = (), models: Sequence[nn.Module | None] = ()) -> ModelState:
         # A closure written by hand may call anything its model.
-        return ModelState([model for model in models if isinstance(model, nn.Module)], params_of(self.param_groups))
+        behind = [getattr(one, name, None) for one in closures for name in ("model", "loss_fn")]
+        found = [module for one in (self.model, *models, *behind) for module in modules_behind(one)]
+        return ModelState(found, params_of(self.param_groups))
 
     def _warn_of_plain_step(self) -> None:
         # What does not move, as the step by which torch.distributed.checkpoint makes the state, means nothing else.
@@ -488,7 +573,8 @@ class ESAM(torch.optim.Optimizer):
 
 
 ESAM.__doc__ = (ESAM.__doc__ or "").replace("    {options}", options.documentation("        "))
-ESAM.__init__.__signature__ = options.signature(inspect.signature(ESAM.__init__))  # type: ignore[attr-defined]
+# Of the function in the decorator, where who unwraps it finds the options too, as the docs' builder does.
+inspect.unwrap(ESAM.__init__).__signature__ = options.signature(inspect.signature(ESAM.__init__))
 
 
 def _check_closures(closure: Closure | Sequence[Closure]) -> list[Closure]:
@@ -501,7 +587,7 @@ def _check_closures(closure: Closure | Sequence[Closure]) -> list[Closure]:
         if _takes_no_index(candidate):
             raise TypeError(
                 "the closure takes no index: define closure(index) to return one loss for each of the batch's rows in "
-                "index (None: all of them), or use batch_closure"
+                "index (None: all of them), or use batch_closure; one that runs backward() itself is for step(closure)"
             )
     return closures
 
@@ -513,9 +599,11 @@ def _check_scaler(scaler: Any) -> None:
 
 def _takes_no_index(closure: Any) -> bool:
     try:
-        inspect.signature(closure).bind(None)
+        bound = inspect.signature(closure).bind(None)
     except TypeError:
         return True
     except ValueError:  # a built-in without a signature: its call will tell
-        pass
-    return False
+        return False
+    index = bound.signature.parameters[next(iter(bound.arguments))]
+    # A default that is something binds a variable of a loop, as in lambda inputs=inputs: ...
+    return index.name != "index" and index.default is not inspect.Parameter.empty and index.default is not None

@@ -1,6 +1,6 @@
 """ESAM's options, each said once: its default, its range, whether it may differ between groups, and what it does.
 
-The constructor, ``param_groups``, checkpoints, the benchmarks' command lines and the README's table are made from here.
+The constructor, ``param_groups``, checkpoints, the benchmarks' command lines, README and docs are made from here.
 Nothing here imports torch.
 """
 
@@ -25,7 +25,7 @@ class Option:
     default: Any
     fits: Callable[[Any], bool]
     needed: str  # what a value must be, for messages
-    meaning: str  # one sentence, for the reference and the README
+    meaning: str  # one sentence, for the reference and the docs
     choices: tuple[str, ...]  # all that a str may be
     per_group: bool  # whether it may differ between parameter groups
 

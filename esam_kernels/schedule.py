@@ -38,6 +38,11 @@ def passes(settings: Settings, sizes_known: bool = True) -> tuple[str, ...]:
     return tuple(name for name, run in runs.items() if run)
 
 
+def draws_rows(settings: Settings) -> bool:
+    """Whether a sharpness-aware step runs on some rows alone, for which losses have to be those of rows."""
+    return settings.gamma < 1 or (settings.ascent == "gradient" and settings.ascent_share < 1)
+
+
 def coefficient(settings: Settings, own: GroupSettings) -> float:
     """The radius of a group's weights, divided by beta as in ESAM's code; negative to go against what is climbed along.
 

@@ -4,8 +4,8 @@
 
 It needs nothing but Python. Each torch is downloaded, which from the package index is gigabytes a version, and removed
 again. A training whose operators are not the native ones, or whose loss does not fall, makes the command fail; so does
-a version that cannot be installed, unless there is no such Python here. The rows that it prints are those of the table
-in docs/install.md.
+an install that fails, but not a Python that is not here or that this torch was not made for. The rows that it prints
+are those of the table in docs/install.md.
 """
 
 import argparse
@@ -86,6 +86,8 @@ def test(interpreter: str, torch: str, wheel: Path) -> tuple[list[str], bool]:
         for outcome, command in steps.items():
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
             if done.returncode != 0:
+                if "No matching distribution found for torch" in done.stderr:
+                    return ["", "not run: no such torch for this Python"], True
                 print(done.stdout + done.stderr, file=sys.stderr)
                 last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
                 return ["", f"{outcome}: {last[0]}"], False

@@ -1,4 +1,4 @@
-"""All results as one page, as Markdown, and in short in the README, each made from the JSON files and nothing else.
+"""All results as one page, as Markdown, and in short in the README and the docs, from the JSON files and nothing else.
 
 ``report.html`` holds everything and needs no network; ``report.md`` holds the same for reading on a code host.
 """
@@ -11,18 +11,24 @@ from .. import record
 from ..report import documents
 from .refusals import refusals
 
-README = record.RESULTS.parent.parent / "README.md"
+ROOT = record.RESULTS.parent.parent
+# The documents that show parts of the results or the options, and where their plots are from there.
+DOCUMENTS = {
+    ROOT / "README.md": "benchmarks/results",
+    ROOT / "docs" / "choosing.md": "../benchmarks/results",
+    ROOT / "docs" / "options.md": "../benchmarks/results",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the report, and the README's sections if it is about this repository's own results."""
+    """Write the report, and the sections of README and docs if it is about this repository's own results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--results",
         type=Path,
         default=record.RESULTS,
         metavar="FOLDER",
-        help="where the JSON files are and the report goes; default: benchmarks/results, which the README shows too",
+        help="where the JSON files are and the report goes; default: benchmarks/results, shown in README and docs",
     )
     folder = parser.parse_args(argv).results
     with refusals(parser):
@@ -33,5 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     documents.write(folder)
     if folder.resolve() == record.RESULTS.resolve():
         with refusals(parser):
-            README.write_text(documents.update(README.read_text(), results))
+            updated = {
+                document: documents.update(document.read_text(), documents.sections(results, plots))
+                for document, plots in DOCUMENTS.items()
+            }
+        for document, text in updated.items():
+            document.write_text(text)
     print(f"Written to {folder}: report.html, report.md")

@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ def environment() -> dict[str, Any]:
     """Everything that a reader needs to judge or repeat a measurement; nothing that identifies the machine."""
     cuda = torch.cuda.is_available()
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _git("rev-parse", "--short=12", "HEAD"),
-        # Results and the README that shows them are written after they are measured.
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")),
+        # Results and the documents that show them are written after they are measured.
+        "uncommitted_changes": bool(
+            _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md", ":!docs")
+        ),
         "cpu": _proc_field("/proc/cpuinfo", "model name") or platform.processor(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu_bf16_matrix_units": cpu_has_bf16_matrix_units(),

@@ -1,7 +1,8 @@
-"""The documents made of results: the HTML page, the Markdown, and the README's sections."""
+"""The documents made of results: the HTML page, the Markdown, and sections of the README and the docs."""
 
 import html
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,8 @@ from esam_kernels.options import OPTIONS
 from ..record import load
 from . import page, plots, tables
 
-# The README's rows of the frontier: the optimizers, the selection's controls, and SGD that stops early.
-HEADLINES = ("sgd", "sgd-short", "sam", "esam", "esam-bf16", "esam-loss", "esam-random", "esam-gamma1")
+# The README's rows of the frontier, of which it shows those that were measured.
+HEADLINES = ("sgd", "sgd-short", "sam", "esam", "esam-bf16", "esam-random", "esam-interval2")
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,11 @@ KINDS = {
     ),
 }
 
+HEADLINE = Figure(
+    lambda result, path: plots.headline(result, HEADLINES, path),
+    lambda result: plots.describe_headline(result, HEADLINES),
+)
+
 SUMMARY = (
     "SAM, ESAM: what a step of each costs more than SGD's, in time. Gain: by how many percentage points of test "
     "accuracy ESAM exceeds the other, mean ± standard deviation over the seeds, from each of which all begin alike. "
@@ -143,11 +149,11 @@ def summary(results: Results) -> str:
 def as_markdown(results: Results) -> str:
     """All results as Markdown; the plots are files beside it."""
     parts = ["# Results", "What follows is made by `python -m benchmarks report` from the JSON files beside it."]
-    parts += ["## Summary", SUMMARY, _escape(summary(results))]
+    parts += ["## Summary", SUMMARY, _escape(tables.narrow(summary(results)))]
     for kind, members in by_kind(results):
         parts += [f"## {kind.title}", kind.introduction]
         for stem, result in members.items():
-            parts += [f"### {_escape(tables.subject(result))}", _escape(kind.tables(result))]
+            parts += [f"### {_escape(tables.subject(result))}", _escape(tables.narrow(kind.tables(result)))]
             parts += [_image(figure, result, f"{stem}{name}.svg") for name, figure in kind.plots(result)]
             for part in ("settings", "environment"):
                 parts.append(f"{part.capitalize()} of [{stem}.json]({stem}.json): {_listed(result[part])}.")
@@ -179,35 +185,63 @@ def as_page(results: Results) -> str:
     return page.render(introduction=SUMMARY, summary=list(tables.blocks(summary(results))), sections=sections)
 
 
-def update(readme: str, results: Results) -> str:
-    """The README with what is between its markers made anew: ESAM's options, the summary, training, the frontier."""
-    sections = {
-        "options": [options_table()],
-        "results:summary": [SUMMARY, _escape(summary(results))],
-        "results:train": [],
-        "results:frontier": [],
+def sections(results: Results, folder: str) -> dict[str, str]:
+    """What documents may show between ``<!-- name -->`` and ``<!-- /name -->``, by that name.
+
+    Args:
+        results: of which they are made.
+        folder: where the plots are, seen from the document.
+    """
+    swept = {stem: result for stem, result in results.items() if result["benchmark"] == "frontier"}
+    costs = tables.costs(list(results.values()))
+    headlines, frontiers = [], []
+    for stem, result in swept.items():
+        image = _image(HEADLINE, result, f"{folder}/{stem}_headline.svg")
+        headline, about = tables.headline(result, HEADLINES).split("\n\n")
+        headlines += [_escape(headline), _filled(image), _escape(_filled(f"{about} {costs}"))]
+        table, about, *_ = tables.frontier(result).split("\n\n")
+        image = _image(KINDS["frontier"].figures[""], result, f"{folder}/{stem}.svg")
+        frontiers += [_escape(tables.narrow(table)), _escape(about), image]
+    return {
+        "options": options_table(),
+        "options:names": option_names(),
+        "results:headline": "\n\n".join(headlines),
+        "results:frontier": "\n\n".join(frontiers),
+        "results:costs": "\n\n".join([_escape(costs), SUMMARY, _escape(tables.narrow(summary(results)))]),
     }
-    for kind, members in by_kind(results):
-        for stem, result in members.items():
-            if kind is KINDS["train"]:
-                plot = _image(kind.figures["_cost"], result, f"benchmarks/results/{stem}_cost.svg")
-                sections["results:train"] += [_escape(kind.tables(result)), plot]
-            if kind is KINDS["frontier"]:
-                rows = {name: row for name, row in result["configurations"].items() if name in HEADLINES}
-                plot = _image(kind.figures[""], result, f"benchmarks/results/{stem}.svg")
-                sections["results:frontier"] += [_escape(kind.tables(result | {"configurations": rows})), plot]
-    for name, parts in sections.items():
+
+
+def update(document: str, shown: Mapping[str, str]) -> str:
+    """A document with each section that it has markers of made anew.
+
+    Args:
+        document: its text.
+        shown: the sections, by their names.
+
+    Raises:
+        ValueError: if it has none, or a marker of none that there is, or without its end.
+    """
+    names = re.findall(r"<!-- ([a-z:]+) -->", document)
+    if not names:
+        raise ValueError(f"no section to make is in it: <!-- {next(iter(shown))} -->, or another of {', '.join(shown)}")
+    for name in names:
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, found_begin, rest = readme.partition(begin)
-        _, found_end, after = rest.partition(end)
-        if not (found_begin and found_end):
-            raise ValueError(f"the README lacks the lines {begin} and {end}")
-        readme = "\n\n".join([before + begin, *parts, end + after])
-    return readme
+        before, _, rest = document.partition(begin)
+        _, found, after = rest.partition(end)
+        if name not in shown or not found:
+            raise ValueError(f"{begin} needs {end} after it, and to be one of {', '.join(shown)}")
+        document = "\n\n".join([before + begin, shown[name], end + after])
+    return document
+
+
+def option_names() -> str:
+    """ESAM's options with their defaults, as a paragraph of lines that are not long."""
+    text = ", ".join(f"`{option.name}={option.default!r}`" for option in OPTIONS.values())
+    return _filled(text.replace("'", '"'))
 
 
 def options_table() -> str:
-    """ESAM's options as a table in Markdown, not lined up, as its cells are sentences."""
+    """ESAM's options with what they mean as a table in Markdown, not lined up, as its cells are sentences."""
     lines = ["| option | default | meaning |", "|---|---|---|"]
     for option in OPTIONS.values():
         default = f'`"{option.default}"`' if isinstance(option.default, str) else option.default
@@ -226,12 +260,19 @@ def write(folder: Path) -> None:
         for stem, result in members.items():
             for name, figure in kind.plots(result):
                 figure.draw(result, folder / f"{stem}{name}.svg")
+            if kind is KINDS["frontier"]:
+                HEADLINE.draw(result, folder / f"{stem}_headline.svg")
 
 
 def _image(figure: Figure, result: dict[str, Any], file: str) -> str:
     """A plot in Markdown, with what is seen in it; brackets there would end the text."""
     text = re.sub(r"([][])", r"\\\1", _escape(figure.describe(result)))
     return f"![{text}]({file})"
+
+
+def _filled(text: str) -> str:
+    """A paragraph in lines that a text editor shows whole."""
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
 
 
 def _escape(text: str) -> str:

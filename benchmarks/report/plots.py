@@ -29,6 +29,16 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 OTHERS = STYLES["share-quarter"]  # the style of what has none
 
+STYLE: Any = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 10,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "svg.hashsalt": "esam_kernels",
+}
+
 
 def accuracy_over_time(result: dict[str, Any], path: Path) -> None:
     """Test accuracy against seconds of training: mean of the finished seeds, shaded from the lowest to the highest."""
@@ -215,6 +225,52 @@ def describe_frontier(result: dict[str, Any]) -> str:
     return " ".join([f"Test accuracy over training time in two panels, {number} numbered points in each.", *sentences])
 
 
+def headline(result: dict[str, Any], names: Collection[str], path: Path) -> None:
+    """A few configurations, one a row: what training costs, and what accuracy it buys at equal epochs."""
+    shown = _headline_points(result, names)
+    labels = [result["configurations"][name]["label"] for name in shown]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 0.9 + 0.32 * len(shown)), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.4))
+        for row, (name, (cost, accuracy, deviation)) in enumerate(shown.items()):
+            style = STYLES[name.partition("-")[0]]
+            left.barh(row, cost, height=0.6, color=style["color"])
+            about = {"color": style["color"], "marker": style["marker"], "markersize": 7}
+            right.errorbar(accuracy, row, xerr=deviation, capsize=3, linestyle="none", **about)
+        left.set_yticks(range(len(shown)), labels)
+        left.invert_yaxis()
+        left.set_title("training time, times SGD's", loc="left", fontsize="medium")
+        right.set_title(_accuracy_axis(result["settings"]["seeds"]), loc="left", fontsize="medium")
+        for ax in (left, right):
+            ax.grid(visible=False, axis="y")
+            ax.tick_params(axis="y", length=0)
+        right.spines["left"].set_visible(False)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def describe_headline(result: dict[str, Any], names: Collection[str]) -> str:
+    """What is seen there, for those who cannot see it."""
+    listed = "; ".join(
+        f"{result['configurations'][name]['label']} {accuracy:.1f} % at {cost:.2f}"
+        for name, (cost, accuracy, _) in _headline_points(result, names).items()
+    )
+    return f"Bars of training time in times SGD's, and test accuracy beside them, a row for each method: {listed}."
+
+
+def _headline_points(result: dict[str, Any], names: Collection[str]) -> dict[str, tuple[float, float, float | None]]:
+    """Cost, mean accuracy at equal epochs and its deviation, of those that have them."""
+    configurations, means = result["configurations"], _panel_means(result, "equal_epochs")
+    return {
+        name: (
+            configurations[name]["training_time_over_sgd"],
+            means[name],
+            configurations[name]["equal_epochs"]["test_accuracy"]["std"],
+        )
+        for name in names
+        if name in means
+    }
+
+
 def _panel_means(result: dict[str, Any], panel: str) -> dict[str, float]:
     """The mean accuracy of each configuration that has one."""
     shown = {name: one[panel] for name, one in result["configurations"].items() if one[panel]}
@@ -266,16 +322,7 @@ def _axes(path: Path, title: str) -> Iterator[Axes]:
 @contextmanager
 def _panels(path: Path, title: str, names: Collection[str]) -> Iterator[list[Axes]]:
     """Axes side by side in a new figure with one legend for all, which is written to ``path`` at the end."""
-    style: Any = {
-        "axes.grid": True,
-        "axes.spines.right": False,
-        "axes.spines.top": False,
-        "font.size": 10,
-        "grid.alpha": 0.3,
-        "legend.frameon": False,
-        "svg.hashsalt": "esam_kernels",
-    }
-    with mpl.rc_context(style):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4) if len(names) == 1 else (5 * len(names), 5), layout="constrained")
         axes = list(figure.subplots(1, len(names), squeeze=False)[0])
         for ax, name in zip(axes, names):

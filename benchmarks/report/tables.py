@@ -1,5 +1,6 @@
 """Results as Markdown tables, and the line that says on what they were measured."""
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import mean, stdev
@@ -45,6 +46,40 @@ def summary(results: Iterable[dict[str, Any]]) -> str:
         peaks = [methods.get(name, {}).get("peak_memory_bytes") for name in ("sgd", "esam")]
         rows.append([subject(result), *costs, *gains, f"{peaks[1] / peaks[0]:.2f}" if all(peaks) else ""])
     return table(columns, rows)
+
+
+def costs(results: Sequence[dict[str, Any]]) -> str:
+    """A sentence on what steps cost more than SGD's: the least and the most over all results of whole methods."""
+    measured: dict[str, list[float]] = {}
+    for result in results:
+        for name, method in result.get("methods", {}).items():
+            if method.get("time_over_sgd"):
+                measured.setdefault(name, []).append(100 * (method["time_over_sgd"]["median"] - 1))
+    parts = [
+        f"{what} {min(found):+.0f} to {max(found):+.0f} %"
+        for name, what in (("sam", "SAM"), ("esam", "ESAM"), ("esam-bf16", "ESAM with bf16 steering"))
+        if (found := measured.get(name))
+    ]
+    return f"Time of a step over SGD's, over all that was measured: {', '.join(parts)}."
+
+
+def headline(result: dict[str, Any], names: Sequence[str]) -> str:
+    """The table of a few configurations of a sweep that a reader sees first, and a line on it."""
+    settings, configurations = result["settings"], result["configurations"]
+    epochs = settings["epochs"]
+    columns = ["method", "time over SGD's", f"accuracy after {epochs} epochs, %", "accuracy in SGD's time, %"]
+    rows = [
+        [
+            one["label"],
+            f"{100 * (one['training_time_over_sgd'] - 1):+.0f} %",
+            _panel_accuracy(one["equal_epochs"]),
+            _panel_accuracy(one["equal_time"] if one["equal_epochs"]["epochs"] == epochs else None),
+        ]
+        for name in names
+        if (one := configurations.get(name))
+    ]
+    about = f"{result['data']}; rho {settings['rho']}; {_seeds(settings['seeds'])}. {machine(result)}"
+    return "\n\n".join([table(columns, rows), about])
 
 
 def _gain(result: dict[str, Any], name: str, other: str) -> str:
@@ -430,6 +465,37 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     return "\n".join(line(cells) for cells in [columns, rule, *rows])
+
+
+PAGE_WIDTH = 100  # in characters, of what a page of the docs has room for beside its navigation
+
+
+def narrow(markdown: str) -> str:
+    """The same with tables that are too wide for a page as several, each with the first column and some of the others.
+
+    Rows of which a table has nothing but the name are left out of it.
+    """
+    parts = []
+    for block in blocks(markdown):
+        parts += [block] if isinstance(block, str) else [table(*part) for part in _split(block)]
+    return "\n\n".join(parts)
+
+
+def _split(whole: Table) -> Iterator[Table]:
+    """In as few parts as fit, of about as many columns each."""
+
+    def width(i: int) -> int:  # a header may wrap between words
+        return 3 + max(len(text) for text in (*whole.columns[i].split(), *(row[i] for row in whole.rows)))
+
+    others = list(range(1, len(whole.columns)))
+    for number in range(1, len(others) + 1):
+        size = math.ceil(len(others) / number)
+        parts = [[0, *others[i : i + size]] for i in range(0, len(others), size)]
+        if all(sum(map(width, part)) <= PAGE_WIDTH for part in parts):
+            break
+    for part in parts:
+        rows = [[row[i] for i in part] for row in whole.rows]
+        yield Table([whole.columns[i] for i in part], [row for row in rows if len(parts) == 1 or any(row[1:])])
 
 
 def blocks(markdown: str) -> Iterator[str | Table]:

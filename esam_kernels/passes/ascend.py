@@ -16,7 +16,7 @@ from .descend import accumulate, loss_scale
 from .draw import drawn, random_scores
 from .evaluate import MicroBatch, divisor, steered
 from .partial_gradients import needed_edges
-from .select import extents
+from .select import at_least, extents
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,16 @@ def ascend(step: Step, before: Sequence[MicroBatch]) -> Ascent:
 
 
 def ascent_rows(step: Step, before: Sequence[MicroBatch]) -> list[Tensor | None]:
-    """For each micro-batch the rows that pass 1 runs on, ascending; None for all of them."""
+    """For each micro-batch the rows that pass 1 runs on, ascending; None for all of them.
+
+    At least two where a batch norm takes its statistics from them, which it cannot from one.
+    """
     share = step.settings.ascent_share
     if share == 1:
         return [None] * len(step.closures)
     scores = [random_scores(step, ASCENT_STREAM, i, *extent) for i, extent in enumerate(extents(step, before))]
-    return [ops.select_top(torch.zeros_like(x), x, count_of(share, len(x))) for x in scores]
+    counts = [at_least(step, count_of(share, len(x)), len(x)) for x in scores]
+    return [ops.select_top(torch.zeros_like(x), x, k) for x, k in zip(scores, counts)]
 
 
 def ascend_on_replica(

@@ -4,14 +4,18 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..closure import Closure
+from ..schedule import draws_rows
 from ..step import Step
 from ..warn import warn
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,17 @@ def divisor(total: Tensor | int) -> Tensor | int:
 
 def steered(step: Step) -> Callable[..., MicroBatch]:
     """``evaluate`` for a pass that only steers, in the precision that is set for these."""
+    return in_steering_precision(step, evaluate)
+
+
+def in_steering_precision(step: Step, function: Callable[P, R]) -> Callable[P, R]:
+    """The function under autocast to ``steering_dtype``, if one is set."""
     name = step.settings.steering_dtype
     if name is None:
-        return evaluate
+        return function
     if step.weights[0].param.device.type == "cpu":
         warn_if_bf16_is_slow()
-    return step.model_state.low_precision(evaluate, getattr(torch, name))
+    return step.model_state.low_precision(function, getattr(torch, name))
 
 
 @cache
@@ -90,6 +99,43 @@ def as_row(weight: Any, loss: Tensor) -> Any:
     return weight.view(1) if isinstance(weight, Tensor) and weight.dim() == 0 else weight
 
 
+def loss_in(result: Any) -> Any:
+    """The loss or losses in what models and trainers return; the result itself where it is none of that.
+
+    A mapping without a ``loss`` is one of several terms, such as torchvision's detectors return in training: their sum
+    is trained on, if each is one number with a graph. What has none is a metric, and not known to be a loss.
+    """
+    if hasattr(result, "loss"):  # the Transformers library's ModelOutput
+        return result.loss
+    if not isinstance(result, Mapping):
+        return result
+    if "loss" in result:
+        return result["loss"]
+    terms = list(result.values())
+    return sum(terms) if terms and all(_is_term(term) for term in terms) else result
+
+
+def _is_term(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and value.requires_grad
+
+
+def _described(result: Any) -> str:
+    kind = type(result).__name__
+    others = [str(key) for key, value in result.items() if not _is_term(value)] if isinstance(result, Mapping) else []
+    return f"a {kind} in which {', '.join(others)} is no loss with a graph" if others else kind
+
+
+def one_loss(result: Any) -> list[MicroBatch]:
+    """What an ordinary closure returned, as a micro-batch of one row; nothing if it is no loss."""
+    loss = loss_in(result)
+    if isinstance(loss, float):
+        loss = torch.tensor(loss)
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.dtype.is_floating_point:
+        return []
+    dtype = torch.promote_types(loss.dtype, torch.float32)
+    return [MicroBatch(loss.detach().clone().view(1).to(dtype), None)]
+
+
 def evaluate(
     step: Step, closure: Closure, index: Tensor | None = None, size: int | None = None, graph: bool = True
 ) -> MicroBatch:
@@ -107,22 +153,21 @@ def evaluate(
         ValueError: if the losses are not a floating tensor of shape [b], have no graph, or the weights do not fit.
     """
     size = size if index is None else len(index)
-    result = step.rollback.interruptible(closure, index)
-    result = getattr(result, "loss", result)  # of the Transformers library's ModelOutput
-    if isinstance(result, Mapping) and "loss" in result:
-        result = result["loss"]
+    result = loss_in(step.rollback.interruptible(closure, index))
     losses, weights = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
-    if isinstance(losses, Tensor) and losses.dim() == 0 and index is None and step.settings.gamma == 1:
+    losses = loss_in(losses)
+    if isinstance(losses, Tensor) and losses.dim() == 0 and index is None and not draws_rows(step.settings):
         losses, weights = losses.view(1), as_row(weights, losses)  # as if the micro-batch were one sample
     if not isinstance(losses, Tensor) or not isinstance(weights, Tensor | None):
         raise TypeError(
-            f"the closure returned {type(result).__name__}: return one loss per sample, a tensor of shape [b], "
-            "or a tuple (losses, weights); with gamma=1 also one loss, or what has it as loss"
+            f"the closure returned {_described(result)}: return one loss per sample, a tensor of shape [b], "
+            "or a tuple (losses, weights); with gamma=1 also one loss, what has it as loss, or a dict of losses to add"
         )
     if losses.dim() == 0:
         raise ValueError(
             "the closure returned a scalar: return one loss per sample, for example with reduction='none', or "
-            "(losses, weights) of shape [b] each; or set gamma=1, which selects no samples, so that one loss will do"
+            "(losses, weights) of shape [b] each; or set gamma=1 (and ascent_share=1), which selects no samples, so "
+            "that one loss will do"
         )
     if losses.dim() != 1:
         raise ValueError(

@@ -22,11 +22,13 @@ class Perturbation:
     Attributes:
         norm: the norm ‖m*g‖ over all drawn weights and ranks, 0-dimensional, on a device. If it is not finite, no
             weight has moved.
+        weights: how many weights have moved, on average if they are drawn one by one.
     """
 
     norm: Tensor
 
     def __init__(self) -> None:
+        self.weights = 0
         self._saved: list[tuple[Sequence[Tensor], list[Tensor]]] = []
 
     def back_up(self, params: Sequence[Tensor]) -> list[Tensor]:
@@ -74,6 +76,8 @@ def perturb(step: Step, ascent: Ascent) -> Perturbation:
     for params, grads, coefficients, adaptive, mask in lists:
         backups = perturbation.back_up(params)
         perturbation.norm = ops.perturb_(params, grads, backups, coefficients, norm, adaptive, mask)
+    count = sum(weight.param.numel() for weight, grad in zip(ascent.weights, ascent.grads) if grad is not None)
+    perturbation.weights = round(count * step.settings.beta) if step.settings.granularity == "element" else count
     ascent.grads.clear()
     return perturbation
 

@@ -11,35 +11,36 @@ from torch import Tensor
 
 from .. import ops
 from ..closure import BatchClosure
-from ..model_state import Start
 from ..ops.reference import SAMPLE_STREAM
 from ..options import count_of
 from ..step import Step
+from .between import Between
 from .draw import random_scores
 from .evaluate import MicroBatch, steered
 
 
-def look(step: Step, start: Start, before: Sequence[MicroBatch] = ()) -> list[MicroBatch]:
+def look(step: Step, between: Between, before: Sequence[MicroBatch] = ()) -> list[MicroBatch]:
     """The losses at the weights as they are, of the same random numbers as those ``before``, and as many if given.
 
     Without a graph, unless forwards ask for gradients themselves.
     """
 
     def run(evaluate: Callable[..., MicroBatch]) -> list[MicroBatch]:
-        start.buffers()
-        start.random_state()  # what drops out is what the first pass dropped
-        step.model_state.forget_weight_copies()
+        between.replay()
         sizes: Sequence[int | None] = [len(one.losses) for one in before] or [None] * len(step.closures)
         return [evaluate(step, closure, size=size, graph=False).detach() for closure, size in zip(step.closures, sizes)]
 
-    if not step.findings.forward_needs_graph:
-        try:
-            return run(torch.no_grad()(steered(step)))
-        except RuntimeError as error:
-            if "require grad" not in str(error) and "requires grad" not in str(error):
-                raise
-            step.findings.forward_needs_graph = True
-    return run(steered(step))
+    if step.findings.forward_needs_graph:
+        return run(steered(step))
+    try:
+        return run(torch.no_grad()(steered(step)))
+    except Exception as error:
+        # Missed gradients are a RuntimeError of autograd's, or a None where something is computed with it.
+        if not isinstance(error, (AttributeError, TypeError, AssertionError)) and "grad" not in str(error):
+            raise
+    losses = run(steered(step))
+    step.findings.forward_needs_graph = True
+    return losses
 
 
 def extents(step: Step, before: Sequence[MicroBatch]) -> list[tuple[int, torch.device]]:

@@ -1,7 +1,8 @@
-"""ESAM's options are said in ``esam_kernels.options`` alone: command lines, ESAM and the README's table follow."""
+"""ESAM's options are said in ``esam_kernels.options`` alone: command lines, ESAM and the documents follow."""
 
 import argparse
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_a_radius_that_is_not_given_suits_the_direction_of_ascent(ascent, rho):
 
 
 def test_a_new_row_of_the_table_is_an_option_everywhere(monkeypatch, capsys):
-    """It is on the command lines, reaches ESAM, and stands in the README's table, with no edit in the benchmarks."""
+    """It is on the command lines, reaches ESAM, and stands in the documents' table, with no edit in the benchmarks."""
     new = dataclasses.replace(OPTIONS["interval"], name="warm_up", default=4, meaning="plain steps at first")
     monkeypatch.setitem(OPTIONS, new.name, new)
     seen = []
@@ -122,12 +123,16 @@ def test_the_ways_to_train_change_options_that_there_are(name):
     assert METHODS[name].trainer in trainers.TRAINERS
 
 
-def test_the_readmes_table_of_options_is_current():
+@pytest.mark.parametrize(
+    ("file", "name", "made"),
+    [("docs/options.md", "options", documents.options_table), ("README.md", "options:names", documents.option_names)],
+)
+def test_the_documents_have_every_option_as_it_is(file, name, made):
     """If this fails: ``python -m benchmarks report``."""
-    readme = report.README.read_text()
-    table = readme.partition("<!-- options -->")[2].partition("<!-- /options -->")[0].strip()
-    assert table == documents.options_table()
-    assert all(f"| `{name}` |" in table for name in OPTIONS)
+    text = (report.ROOT / file).read_text()
+    shown = text.partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0].strip()
+    assert shown == made()
+    assert all(re.search(rf"`{name}[`=]", shown) for name in OPTIONS)
 
 
 def test_adaptive_holds_for_every_implementation():

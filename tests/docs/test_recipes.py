@@ -8,6 +8,7 @@ import os
 import re
 import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +71,55 @@ def test_every_recipe_with_code_is_tested():
     with_code = {name for name, text in RECIPES.items() if blocks(text)}
     tested = set(re.findall(r'(?:Recipe|on_digits)\(\s*"([^"]+)"', Path(__file__).read_text()))
     assert with_code == tested
+
+
+def test_a_closure_that_runs_backward_itself():
+    recipe = Recipe("A closure that runs backward itself").run()
+    model, optimizer = recipe.twin(gamma=1)
+    for batch in recipe["loader"]:
+        loss = optimizer.step(batch_closure(model, recipe["loss_fn"], *batch))
+    assert recipe["optimizer"].last_step.sharp
+    torch.testing.assert_close(recipe["loss"].detach(), loss)
+    for mine, theirs in zip(values(recipe["model"]), values(model)):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_training_accuracy_and_logs():
+    logged: dict[str, list[float]] = {}
+    writer = SimpleNamespace(add_scalar=lambda name, value, step: logged.setdefault(name, []).append(value))
+    recipe = Recipe("Training accuracy and logs", writer=writer).run()
+    recipe.check_trained()
+    model, optimizer = recipe.twin()
+    correct, losses = 0, []
+    for inputs, targets in recipe["loader"]:
+        correct += (copy.deepcopy(model)(inputs).argmax(1) == targets).sum()  # a copy's batch norm counts it
+        losses.append(float(optimizer.step(batch_closure(model, recipe["loss_fn"], inputs, targets))))
+    assert recipe["correct"] == correct
+    torch.testing.assert_close(logged["loss"], losses[::4])
+    assert logged["rows"] == [8, 8]
+    assert all(norm > 0 for norm in logged["norm"])
+    assert logged["loss, perturbed"][0] > logged["loss"][0]
+
+
+def test_one_loss_for_the_whole_batch():
+    recipe = Recipe("One loss for the whole batch: detection, contrastive and dice losses").run()
+    recipe.check_trained()
+    model, optimizer = recipe.twin(gamma=1)
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets) + outputs.square().mean()
+
+    for batch in recipe["loader"]:
+        optimizer.step(batch_closure(model, loss, *batch))
+    for mine, theirs in zip(values(recipe["model"]), values(model)):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_several_base_optimizers():
+    recipe = Recipe("Several base optimizers: Muon and AdamW").run()
+    recipe.check_trained()
+    assert recipe["muon"].param_groups[0]["lr"] < 1e-6  # scheduled
+    assert len(recipe["optimizer"].state) == len(list(recipe["model"].parameters()))
 
 
 def test_plain_loop():

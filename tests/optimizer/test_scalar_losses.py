@@ -30,6 +30,9 @@ KINDS = {
     "mapping": lambda loss: UserDict(loss=loss),
     "model output": lambda loss: ModelOutput(loss=loss, logits=torch.zeros(8, 3)),
     "attribute": lambda loss: SimpleNamespace(loss=loss),
+    "terms": lambda loss: {"classes": 0.25 * loss, "boxes": 0.75 * loss},
+    "weighted terms": lambda loss: ({"classes": 0.25 * loss, "boxes": 0.75 * loss}, 2),
+    "weighted model output": lambda loss: (ModelOutput(loss=loss), 2),
     "weighted": lambda loss: (loss, 3),
     "weighted by a tensor": lambda loss: (loss, torch.tensor(2.5)),
 }
@@ -109,7 +112,9 @@ def test_a_selection_of_samples_needs_the_loss_of_each(kind):
 @pytest.mark.parametrize(
     ("result", "words"),
     [
-        (lambda loss: {"classes": loss, "boxes": loss}, "dict.*loss"),
+        (lambda loss: {"classes": loss, "accuracy": loss.detach()}, "dict in which accuracy is no loss with a graph"),
+        (lambda loss: {"classes": loss, "boxes": 0.5}, "dict in which boxes is no loss"),
+        (lambda loss: {}, "dict.*loss"),
         (lambda loss: SimpleNamespace(loss=None), "NoneType"),
         (lambda loss: (loss, "3"), "tuple"),
         (lambda loss: loss.item(), "float"),

@@ -58,6 +58,38 @@ def test_a_step_makes_no_sync(options: dict, dtype: torch.dtype) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("options", [{}, {"ascent": "previous"}, {"granularity": "element", "interval": 2}], ids=str)
+def test_an_ordinary_closure_over_several_bases_makes_no_sync(options: dict) -> None:
+    model = a_network().cuda()
+    params = list(model.parameters())
+    bases = [
+        torch.optim.SGD([param for param in params if param.dim() > 1], lr=0.1, momentum=0.9),
+        torch.optim.AdamW([param for param in params if param.dim() == 1]),
+    ]
+    optimizer = ESAM(None, bases, gamma=1, **options)
+    inputs, targets = torch.randn(16, 3, 8, 8, device="cuda"), torch.randint(10, (16,), device="cuda")
+    found = []
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = cross_entropy(model(inputs), targets).mean()
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        optimizer.step(closure)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            optimizer.step(closure)
+            found.append(optimizer.last_step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(float(last.loss) > 0 and last.loss.is_cuda for last in found)
+    assert all(float(last.norm) > 0 and last.norm.is_cuda for last in found if last.sharp)
+
+
 def test_a_scaler_waits_for_the_device_in_its_own_step_alone() -> None:
     model, scaler = a_network().cuda(), torch.amp.GradScaler("cuda")
     optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 NOT_SOURCE = (".*", "build", "dist", "data", "*.egg-info", "__pycache__", "*.so", "native_build.json", "*.jsonl")
 
@@ -15,6 +17,11 @@ def copy_sources(folder: Path) -> Path:
     keep = shutil.ignore_patterns(*NOT_SOURCE)
     shutil.copytree(ROOT, folder, ignore=lambda path, names: keep(path, names) - {".clang-format"})
     return folder
+
+
+def load_pyproject() -> dict:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def call_backend(hook: str, source: Path, output: Path, prefix=(), **environment: str) -> subprocess.CompletedProcess:

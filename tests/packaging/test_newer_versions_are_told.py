@@ -1,10 +1,8 @@
 """A torch or Triton that is newer than those tested is used, and `explain` says so."""
 
-import tomllib
-
 import pytest
 import torch
-from source_tree import ROOT
+from source_tree import load_pyproject
 
 from esam_kernels import ops
 from esam_kernels.ops import native
@@ -41,7 +39,7 @@ def test_only_a_newer_minor_version_is_told(version, told, monkeypatch):
 
 
 def test_no_version_is_refused_for_being_new():
-    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    dependencies = load_pyproject()["project"]["dependencies"]
     versions = [requirement.partition(";")[0] for requirement in dependencies]
     assert versions
     assert not [version for version in versions if "<" in version or "==" in version or "~=" in version]

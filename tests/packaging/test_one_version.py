@@ -3,16 +3,15 @@
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 import torch
-from source_tree import ROOT
+from source_tree import ROOT, load_pyproject
 
 import esam_kernels
 
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PYPROJECT = load_pyproject()
 VENDORED = ROOT / "third_party/torch"
 VENDORED_VERSION = (VENDORED / "VERSION").read_text().strip()
 

@@ -1,0 +1,64 @@
+"""The closure as torch.optim has it: it takes no index, and clears gradients, computes and runs backward itself."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .warn import warn
+
+
+class OrdinaryClosure:
+    """One step's closure, what its first call returned, and the gradients from before the step.
+
+    The last call begins with these, as it does under any optimizer: they are for the closure to clear, or to add to. A
+    call before it begins without any, so that what it leaves is its own.
+    """
+
+    def __init__(self, function: Callable[[], Any], computation: Callable[[], Any], params: Sequence[Tensor]) -> None:
+        self._functions = {True: function, False: computation}  # for the last call, and for a call before it
+        self.params = params
+        self.returned: list[Any] = []  # by the first call
+        self._before = [param.grad for param in params]
+        self._versions = [0 if grad is None else grad._version for grad in self._before]
+
+    def begin(self, last: bool) -> None:
+        """Before a call: set the gradients that it begins with."""
+        for param, grad in zip(self.params, self._before):
+            param.grad = grad if last else None
+
+    def forget(self) -> None:
+        """The closure has cleared the gradients: those from before the step need no memory until the last call."""
+        self._before = [None] * len(self.params)
+
+    def check(self, last: bool) -> None:
+        """After a call: refuse a closure that made no gradient.
+
+        Raises:
+            RuntimeError: if it did not.
+        """
+        before = self._before if last else [None] * len(self.params)
+        rows = [
+            (param.grad, grad, version)
+            for param, grad, version in zip(self.params, before, self._versions)
+            if param.grad is not None
+        ]
+        if all(now is grad and now._version == version for now, grad, version in rows):
+            raise RuntimeError(
+                "the closure made no gradient: it takes no index, so it is to clear the gradients, compute the loss, "
+                "call loss.backward() and return the loss"
+            )
+        kept = [(now, version) for now, grad, version in rows if now is grad]
+        # A closure that clears in place writes at least twice. Views are those of DistributedDataParallel's buckets.
+        if kept and all(now._version <= version + 1 and not now._is_view() for now, version in kept):
+            warn(
+                "the closure adds to gradients from before the step, which are not sharpness-aware: begin it with "
+                "optimizer.zero_grad(), and let it run all micro-batches of the step"
+            )
+
+    def call(self, last: bool) -> Any:
+        """Call the function, and keep what its first call returns."""
+        result = self._functions[last]()
+        if not self.returned:
+            self.returned.append(result)
+        return result
