@@ -354,7 +354,7 @@ class ESAM(torch.optim.Optimizer):
         Within ``step()`` its gradient is used at once: where that fails, the next ``step()`` begins anew.
         """
         rollback = Rollback()
-        models = [self.model] if self.model is not None else self._progress.models.of(params_of(self.param_groups))
+        models = () if self.model is not None else self._progress.models.of(params_of(self.param_groups))
         ordinary = OrdinaryClosure(closure, computation_in(closure), params_of(self.param_groups))
         step = self._make_step(rollback, models=models, ordinary=ordinary)
         check_ordinary(step)
