@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from esam_kernels import ESAM, batch_closure
+from esam_kernels import ESAM, batch_closure, current_pass, first_pass
 
 lightning = pytest.importorskip("pytorch_lightning", reason="needs the extra 'lightning'")
 
@@ -129,6 +129,29 @@ def test_it_is_sam_by_hand_and_counts_a_step_once():
     assert run.global_step == run.optimizers[0].param_groups[0]["esam_step"] == len(DATA)
     assert module.model[1].num_batches_tracked == len(DATA)
     assert run.callback_metrics["loss"].isfinite()
+
+
+def test_a_guarded_log_is_the_loss_at_the_weights():
+    logged = []
+
+    class Guarded(Automatic):
+        def training_step(self, batch, batch_idx):
+            loss = cross_entropy(self(batch[0]), batch[1])
+            if current_pass() == first_pass():
+                self.log("loss", loss)
+            return loss
+
+        def on_train_batch_end(self, *_):
+            logged.append(self.trainer.callback_metrics["loss"].item())
+
+    module = Guarded(network())
+    model, expected = copy.deepcopy(module.model), []
+    for number, batch in enumerate(DATA):
+        expected.append(cross_entropy(copy.deepcopy(model)(batch[0]), batch[1]).item())
+        model = copy.deepcopy(module.model)
+        by_hand(model, [[one] for one in DATA[: number + 1]])
+    trainer().fit(module, loader())
+    assert logged == pytest.approx(expected, abs=1e-5)
 
 
 CLIPS = {

@@ -253,6 +253,27 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     assert same(*ends)
 
 
+@pytest.mark.parametrize("overflows", [False, True])
+@pytest.mark.parametrize("gamma", [1, 0.5])
+def test_with_a_scaler(tmp_path, gamma, overflows):
+    """Accelerate makes one on a GPU only: here it gets one of a CPU."""
+    ends = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model = Network()
+        if overflows and scaler is not None:
+            model.layers[0].weight.register_hook(lambda grad: grad * torch.inf)
+        options = {"rho": RHO, "beta": 1, "gamma": gamma}
+        trainer = ESAMTrainer(model, arguments(tmp_path, gradient_accumulation_steps=2), train_dataset=DATA, **options)
+        trainer.accelerator.scaler = scaler
+        trainer.train()
+        ends.append(list(model.parameters()))
+    assert (scaler.get_scale() < 1024) == overflows
+    if overflows:
+        assert same(ends[1], Network().parameters())
+    else:
+        close(*ends)
+
+
 def test_an_optimizer_that_is_given_is_the_base(tmp_path):
     model, other = Network(), Network()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
