@@ -66,7 +66,10 @@ def keep_contents(base: torch.optim.Optimizer) -> Callable[[], None]:
 
 def make_base(
     params: Any,
-    base: type[torch.optim.Optimizer] | torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    base: type[torch.optim.Optimizer]
+    | torch.optim.Optimizer
+    | list[torch.optim.Optimizer]
+    | tuple[torch.optim.Optimizer, ...],
     base_options: dict[str, Any],
 ) -> tuple[torch.optim.Optimizer, dict[str, str]]:
     """The base optimizer, and under which key each of ESAM's options stands in its groups.
@@ -80,7 +83,7 @@ def make_base(
         TypeError: if ``base`` is no optimizer.
         ValueError: if it cannot be the base of an ESAM, or what is given with it does not fit.
     """
-    if isinstance(base, Sequence):
+    if isinstance(base, list | tuple):
         for one in base:
             if not isinstance(one, torch.optim.Optimizer):
                 raise TypeError(

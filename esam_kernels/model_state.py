@@ -51,6 +51,7 @@ class WrittenWeights:
     def __init__(self, params: Sequence[Tensor], rollback: Rollback, findings: Findings) -> None:
         self._findings = findings
         self._all = params
+        self._lazy = any(map(is_lazy, {type(param): param for param in params}.values()))
         places = range(len(params)) if findings.written is None else findings.written
         self._params = {i: params[i] for i in places if not is_lazy(params[i])}
         self._before = self._copies()
@@ -67,8 +68,12 @@ class WrittenWeights:
         self._count_from(self._copies() if self._findings.written is None else {})
 
     def _count_from(self, values: dict[int, Tensor]) -> None:
-        self._versions = {i: param._version for i, param in enumerate(self._all) if not is_lazy(param)}
-        self._values = values
+        self._versions, self._values = self._versions_now(), values
+
+    def _versions_now(self) -> list[int]:
+        if self._lazy:  # those that have no memory yet have no version either
+            return [-1 if is_lazy(param) else param._version for param in self._all]
+        return [param._version for param in self._all]  # of every weight in every step
 
     def first_pass_has_run(self) -> None:
         """Find out which weights the first pass has written, of those that are not known to be.
@@ -77,7 +82,8 @@ class WrittenWeights:
         synchronize to see that.
         """
         known = self._findings.written
-        written = {i for i, version in self._versions.items() if self._all[i]._version != version}
+        versions = zip(self._versions, self._versions_now())
+        written = {i for i, (before, now) in enumerate(versions) if now != before and before >= 0}
         if known is None:
             written.update(i for i, value in self._values.items() if value.is_cpu and not self._holds(i, value))
         self._values = {}
@@ -99,6 +105,72 @@ class WrittenWeights:
 
     def _holds(self, place: int, value: Tensor) -> bool:
         return torch.equal(self._all[place].data, value)
+
+
+class Buffers:
+    """The buffers of modules, and memory for copies of them that is used again in every step.
+
+    Values are kept, since batch norm's updates do not show in version counters. Buffers that a module replaces by other
+    tensors become the old tensors again, and those that it adds are gone.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._entries = [module._buffers for module in modules]
+        for entries in self._entries:
+            for name, buffer in entries.items():
+                if buffer is not None and _is_inference(buffer):
+                    entries[name] = buffer.clone()  # which can be written
+        self._found = self._all()
+        self._lazy = [buffer for buffer in self._found if buffer is not None and is_lazy(buffer)]
+        buffers = [buffer for buffer in self._found if buffer is not None and not is_lazy(buffer)]
+        # Nothing can write into a buffer whose elements share memory (an expanded constant): it needs no copy.
+        self._plain = _by_dtype([buffer for buffer in buffers if _is_plain(buffer)])
+        self._special = [buffer for buffer in buffers if not _is_plain(buffer) and _can_be_written(buffer)]
+        self._shapes = [[buffer.shape for buffer in group] for group in self._plain]
+        self._copies: list[list[list[Tensor]]] = []  # one for each time that a step keeps them
+        self._used = 0
+
+    def _all(self) -> list[Tensor | None]:
+        return [buffer for entries in self._entries for buffer in entries.values()]
+
+    def current(self) -> bool:
+        """Whether the modules still have these buffers, of these shapes."""
+        found = self._all()
+        return (
+            len(found) == len(self._found)
+            and not any(map(is_not, found, self._found))
+            and [[buffer.shape for buffer in group] for group in self._plain] == self._shapes
+            and all(map(is_lazy, self._lazy))
+        )
+
+    def begin(self) -> None:
+        """A step begins: the copies of the step before are no longer needed."""
+        self._used = 0
+
+    @torch.no_grad()
+    def keep(self) -> Callable[[], None]:
+        """Keep the values; the function that is returned puts buffers and values back."""
+        if self._used == len(self._copies):
+            self._copies.append([[torch.empty_like(buffer) for buffer in group] for group in self._plain])
+        values = self._copies[self._used]
+        self._used += 1
+        rebind = keep_entries(self._entries)
+        for group, copies in zip(self._plain, values):
+            torch._foreach_copy_(copies, group)
+        special = [(buffer, buffer.clone()) for buffer in self._special]
+
+        @torch.no_grad()
+        def put_back() -> None:
+            rebind()
+            for group, copies, shapes in zip(self._plain, values, self._shapes):
+                for buffer, shape in zip(group, shapes):
+                    if buffer.shape != shape:  # as observers do
+                        buffer.resize_(shape)
+                torch._foreach_copy_(group, copies)
+            for buffer, value in special:
+                buffer.copy_(value)
+
+        return put_back
 
 
 class FoundModels:
@@ -142,12 +214,31 @@ class ModelState:
     """Looks after the models and devices that one step runs on."""
 
     def __init__(self, models: Iterable[nn.Module], params: Sequence[Tensor]) -> None:
+        models = list(models)
         modules = {id(module): module for model in models for module in model.modules()}
         self._modules = list(modules.values())
+        self._models = models
+        self._children = [(module, tuple(module._modules.values())) for module in self._modules]
+        self._buffers = Buffers(self._modules)
         self._replicas = [module for module in self._modules if isinstance(module, DistributedDataParallel)]
         self.shards = ShardedModules(self._modules, params)
         self.params = params
-        self._devices = sorted({param.device for param in params} - {torch.device("cpu")}, key=str)
+        self._devices = _accelerators(params)
+
+    def serves(self, models: Sequence[nn.Module], params: Sequence[Tensor]) -> bool:
+        """Whether it is what would be made of these anew, which takes longer than to see that.
+
+        What FSDP2 has sharded tells nobody of its changes.
+        """
+        return (
+            not self.shards
+            and len(models) == len(self._models)
+            and len(params) == len(self.params)
+            and not any(map(is_not, models, self._models))
+            and not any(map(is_not, params, self.params))
+            and all(tuple(module._modules.values()) == children for module, children in self._children)
+            and self._devices == _accelerators(params)
+        )
 
     @property
     def trains_batch_norm(self) -> bool:
@@ -168,6 +259,7 @@ class ModelState:
         """
         rollback.undo_by(self.forget_weight_copies)
         rollback.undo_by(self.shards.abandon)
+        self._buffers.begin()
         buffers, random_state = self.keep_buffers(), self.keep_random_state()
         rollback.undo_by(buffers)
         rollback.undo_by(random_state)
@@ -252,38 +344,10 @@ class ModelState:
                 yield from _tensors_in(value, f"{type(module).__name__}.{name}", seen)
 
     def keep_buffers(self) -> Callable[[], None]:
-        """Keep every buffer and its value; the function that is returned puts them back.
-
-        Values, since batch norm's updates do not show in version counters. Buffers that a module replaces by other
-        tensors become the old tensors again, and those that it adds are gone.
-        """
-        entries = [module._buffers for module in self._modules]
-        for of_module in entries:
-            for name, buffer in of_module.items():
-                if buffer is not None and _is_inference(buffer):
-                    of_module[name] = buffer.clone()  # which can be written
-        rebind = keep_entries(entries)
-        buffers = [
-            buffer
-            for of_module in entries
-            for buffer in of_module.values()
-            if buffer is not None and not is_lazy(buffer)
-        ]
-        written = [buffer for buffer in buffers if _is_plain(buffer)]
-        values = copy_all(written)
-        special = [(buffer, buffer.clone()) for buffer in buffers if not _is_plain(buffer) and _can_be_written(buffer)]
-
-        @torch.no_grad()
-        def put_back() -> None:
-            rebind()
-            for buffer, value in zip(written, values):
-                if buffer.shape != value.shape:  # as observers do
-                    buffer.resize_(value.shape)
-            copy_into(written, values)
-            for buffer, value in special:
-                buffer.copy_(value)
-
-        return put_back
+        """Keep every buffer and its value; the function that is returned puts them back."""
+        if not self._buffers.current():
+            self._buffers = Buffers(self._modules)
+        return self._buffers.keep()
 
     def keep_random_state(self) -> Callable[[], None]:
         """Keep the state of every generator that a forward can draw from; the function that is returned replays it.
@@ -375,6 +439,10 @@ class ModelState:
         """
         torch.clear_autocast_cache()
         self.shards.release()
+
+
+def _accelerators(params: Sequence[Tensor]) -> list[torch.device]:
+    return sorted({param.device for param in params} - {torch.device("cpu")}, key=str)
 
 
 def keep_entries(dicts: Iterable[dict[str, Any]]) -> Callable[[], None]:

@@ -70,6 +70,10 @@ class _Progress:
     ordinary: OrdinaryClosure | None = None  # whose calls are under way
     models: FoundModels = field(default_factory=FoundModels)  # of ordinary closures
     last: LastStep | None = None
+    state: ModelState | None = None  # of the step before, which serves as long as models and parameters are the same
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "state": None}  # a copy has models of its own
 
 
 class ESAM(torch.optim.Optimizer):
@@ -111,7 +115,10 @@ class ESAM(torch.optim.Optimizer):
     def __init__(
         self,
         params: Any,
-        base: type[torch.optim.Optimizer] | torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        base: type[torch.optim.Optimizer]
+        | torch.optim.Optimizer
+        | list[torch.optim.Optimizer]
+        | tuple[torch.optim.Optimizer, ...],
         *,
         model: nn.Module | None = None,
         **base_options: Any,
@@ -325,7 +332,7 @@ class ESAM(torch.optim.Optimizer):
                 closure()
             else:
                 check_closure_caller()
-                loss = self._run_ordinary(closure)
+                loss = self._run_ordinary(closure, in_step=True)
         elif closure is not None:
             loss = self.backward(closure)
         elif not (self._progress.has_gradient or self._progress.restored):
@@ -341,16 +348,19 @@ class ESAM(torch.optim.Optimizer):
         Rollback().run(work)
         return loss
 
-    def _run_ordinary(self, closure: Callable[[], Any]) -> Any:
-        """The passes of an ordinary closure; what its first call returns."""
+    def _run_ordinary(self, closure: Callable[[], Any], in_step: bool = False) -> Any:
+        """The passes of an ordinary closure; what its first call returns.
+
+        Within ``step()`` its gradient is used at once: where that fails, the next ``step()`` begins anew.
+        """
         rollback = Rollback()
         models = [self.model] if self.model is not None else self._progress.models.of(params_of(self.param_groups))
         ordinary = OrdinaryClosure(closure, computation_in(closure), params_of(self.param_groups))
         step = self._make_step(rollback, models=models, ordinary=ordinary)
         check_ordinary(step)
-        return self._run(step, "step()")
+        return self._run(step, "step()", stays=not in_step)
 
-    def _run(self, step: Step, phase: str) -> Any:
+    def _run(self, step: Step, phase: str, stays: bool = True) -> Any:
         """Leave the gradient of the step in ``.grad``, or all as it was before; the loss of the first forward."""
 
         def work() -> Any:
@@ -366,8 +376,7 @@ class ESAM(torch.optim.Optimizer):
             self._progress.phase = ""
             self._progress.ordinary = None
             self._progress.last = last
-            # An ordinary closure's is used up within step(): where that fails, the next one begins anew.
-            self._progress.has_gradient = step.ordinary is None
+            self._progress.has_gradient = stays
             return loss
 
         return step.rollback.run(work)
@@ -525,7 +534,12 @@ class ESAM(torch.optim.Optimizer):
         # A closure written by hand may call anything its model.
         behind = [getattr(one, name, None) for one in closures for name in ("model", "loss_fn")]
         found = [module for one in (self.model, *models, *behind) for module in modules_behind(one)]
-        return ModelState(found, params_of(self.param_groups))
+        params, state = params_of(self.param_groups), self._progress.state
+        if state is None or not state.serves(found, params):
+            state = ModelState(found, params)
+            if not models:  # those that were found are not to be kept alive
+                self._progress.state = state
+        return state
 
     def _warn_of_plain_step(self) -> None:
         # What does not move, as the step by which torch.distributed.checkpoint makes the state, means nothing else.

@@ -14,7 +14,7 @@ from torch import Tensor
 from .closure import BatchClosure, Closure
 from .last_step import LastStep
 from .passes.ascend import Ascent, ascend, check_gradient, check_reached
-from .passes.current import enter, leave
+from .passes.between import Between, batch_closures
 from .passes.descend import descend
 from .passes.evaluate import MicroBatch
 from .passes.ordinary import ascend_by_closure, descend_by_closure
@@ -35,83 +35,65 @@ def backward(step: Step) -> LastStep:
     return sharp_backward(step) if sharp else plain_backward(step)
 
 
-def batch_closures(step: Step) -> list[BatchClosure]:
-    """Those of the closures that know their batch."""
-    return [closure for closure in step.closures if isinstance(closure, BatchClosure)]
-
-
 def plain_backward(step: Step) -> LastStep:
     """The base optimizer's own gradient, at w on the whole batch."""
-    start = step.model_state.keep(step.rollback, step.findings, several=False)
-    enter(step, "descend")
+    between = Between(step, passes=1)
     rows: list[Tensor | None] = [None] * len(step.closures)
+
+    between.begin("descend")
     losses = descend_by_closure(step, step.ordinary) if step.ordinary else descend(step, rows)
+    between.end()
     for closure in batch_closures(step):
         closure.leave_weights()
-    start.written.first_pass_has_run()
-    leave(step)
+    between.finish()
     return LastStep(False, rows=counts(step.closures, rows, losses), _at_weights=losses)
 
 
 def sharp_backward(step: Step) -> LastStep:
     """The sharpness-aware gradient: survey, ascend, perturb, look, select, descend, restore, each if it is needed."""
-    state, settings = step.model_state, step.settings
-    if state.shards and settings.select_over == "all" and len(step.closures) > 1:
+    settings = step.settings
+    if step.model_state.shards and settings.select_over == "all" and len(step.closures) > 1:
         raise ValueError(
             "select_over='all' may leave out a micro-batch on one rank and not on another, where every rank has to "
             "gather the sharded weights for it: set select_over='micro_batch'"
         )
     todo = passes(settings, len(batch_closures(step)) == len(step.closures))
-    several = len(todo) > 1
-    start = state.keep(step.rollback, step.findings, several)
-    use_replicas = state.bypass_replicas(step.rollback, step.ordinary is not None) if several else None
-    put_back_first: Callable[[], None] | None = None  # what the first of several passes has left
+    between = Between(step, len(todo))
 
-    surveyed = []
+    surveyed: list[MicroBatch] = []
     if "survey" in todo:
-        enter(step, "survey")
-        surveyed = look(step, start)
-        put_back_first = state.keep_first_pass(start, step.findings)
+        between.begin("survey")
+        surveyed = look(step, between)
+        between.end()
     if "ascend" in todo:
-        enter(step, "ascend")
-        if surveyed:
-            start.buffers()
+        between.begin("ascend")
         ascent = ascend_by_closure(step, step.ordinary) if step.ordinary else ascend(step, surveyed)
-        put_back_first = put_back_first or state.keep_first_pass(start, step.findings)
+        between.end()
     else:
         ascent = WITHOUT_PASS[settings.ascent](step)
     before = surveyed or (ascent.losses if settings.ascent_share == 1 else [])  # of all rows at w, if they are known
-    for closure in batch_closures(step):
-        closure.leave_weights()
-    perturbation = perturb(step, ascent)
-    if not several:
-        start.written.first_pass_begins()
 
-    after = []
+    perturbation = perturb(step, ascent)
+    between.weights_have_moved()
+
+    after: list[MicroBatch] = []
     if "look" in todo:
-        enter(step, "look")
-        after = look(step, start, before)
-    if use_replicas is not None:
-        use_replicas()
+        between.begin("look")
+        after = look(step, between, before)
     rows = select(step, before, after)
 
-    enter(step, "descend")
-    if several:
-        start.buffers()
+    between.begin("descend")
     if step.ordinary:
         descended = descend_by_closure(step, step.ordinary)
     else:
         descended = descend(step, rows, before, perturbation.norm)
-    if not several:
-        start.written.first_pass_has_run()
+    between.end()
     for weight in step.weights:  # the drawn ones were checked in pass 1; what is refused must not depend on the draw
         check_gradient(weight, weight.param.grad)
     check_reached(step, ascent)
 
     restore(step, perturbation)
-    if put_back_first is not None:
-        put_back_first()
-    leave(step)
+    between.finish()
     return LastStep(
         True,
         perturbation.norm,

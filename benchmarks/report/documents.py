@@ -14,7 +14,7 @@ from ..record import load
 from . import page, plots, tables
 
 # The README's rows of the frontier, of which it shows those that were measured.
-HEADLINES = ("sgd", "sgd-short", "sam", "esam", "esam-bf16", "esam-random", "esam-interval2")
+HEADLINES = ("sgd", "sgd-short", "momentum", "previous", "sam-tail0.2", "sam", "esam", "esam-bf16", "esam-random")
 
 
 @dataclass(frozen=True)

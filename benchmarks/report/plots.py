@@ -27,6 +27,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "esam": {"color": "#D55E00", "marker": "^", "linestyle": "-"},
     "esam-bf16": {"color": "#D55E00", "marker": "v", "linestyle": (0, (4, 2))},
 }
+OTHERS = STYLES["share-quarter"]  # the style of what has none
 
 STYLE: Any = {
     "axes.grid": True,
@@ -37,6 +38,11 @@ STYLE: Any = {
     "legend.frameon": False,
     "svg.hashsalt": "esam_kernels",
 }
+
+
+def _style(name: str) -> dict[str, Any]:
+    """A configuration's own style, or that of the method that it is a kind of; that of others."""
+    return STYLES.get(name) or STYLES.get(name.partition("-")[0]) or OTHERS
 
 
 def accuracy_over_time(result: dict[str, Any], path: Path) -> None:
@@ -170,7 +176,7 @@ def frontier(result: dict[str, Any], path: Path) -> None:
             for number, (name, one) in enumerate(configurations.items(), 1):
                 if not one[panel]:
                     continue
-                color = STYLES[name.partition("-")[0]]["color"]
+                color = _style(name)["color"]
                 marker: dict[str, Any] = {
                     "marker": f"${number}$",
                     "markersize": 5 if number < 10 else 9,
@@ -232,7 +238,7 @@ def headline(result: dict[str, Any], names: Collection[str], path: Path) -> None
         figure = Figure(figsize=(7.2, 0.9 + 0.32 * len(shown)), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.4))
         for row, (name, (cost, accuracy, deviation)) in enumerate(shown.items()):
-            style = STYLES[name.partition("-")[0]]
+            style = _style(name)
             left.barh(row, cost, height=0.6, color=style["color"])
             about = {"color": style["color"], "marker": style["marker"], "markersize": 7}
             right.errorbar(accuracy, row, xerr=deviation, capsize=3, linestyle="none", **about)

@@ -200,6 +200,8 @@ def _about_sweep(result: dict[str, Any], finished: bool) -> str:
         for one in configurations.values()
         if one["equal_epochs"] and one["equal_epochs"]["epochs"] < settings["epochs"]
     ]
+    if settings.get("base", "sgd") != "sgd":
+        sentences.append(f"The base optimizer is {settings['base']}: rows that name SGD are it alone.")
     if settings.get("choose"):
         sentences.append(
             "Factor: what the method's own radius is multiplied with, or where it has none the rate, chosen of "

@@ -11,24 +11,22 @@ from torch import Tensor
 
 from .. import ops
 from ..closure import BatchClosure
-from ..model_state import Start
 from ..ops.reference import SAMPLE_STREAM
 from ..options import count_of
 from ..step import Step
+from .between import Between
 from .draw import random_scores
 from .evaluate import MicroBatch, steered
 
 
-def look(step: Step, start: Start, before: Sequence[MicroBatch] = ()) -> list[MicroBatch]:
+def look(step: Step, between: Between, before: Sequence[MicroBatch] = ()) -> list[MicroBatch]:
     """The losses at the weights as they are, of the same random numbers as those ``before``, and as many if given.
 
     Without a graph, unless forwards ask for gradients themselves.
     """
 
     def run(evaluate: Callable[..., MicroBatch]) -> list[MicroBatch]:
-        start.buffers()
-        start.random_state()  # what drops out is what the first pass dropped
-        step.model_state.forget_weight_copies()
+        between.replay()
         sizes: Sequence[int | None] = [len(one.losses) for one in before] or [None] * len(step.closures)
         return [evaluate(step, closure, size=size, graph=False).detach() for closure, size in zip(step.closures, sizes)]
 

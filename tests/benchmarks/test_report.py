@@ -13,6 +13,7 @@ from benchmarks.__main__ import COMMANDS
 from benchmarks.__main__ import main as dispatch
 from benchmarks.commands import frontier, memory, operators, report, rounding, step_cost, train
 from benchmarks.report import documents, tables
+from benchmarks.training.methods import METHODS
 
 TINY = ["--width", "4", "--device", "cpu"]
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -28,8 +29,7 @@ def folder(tmp_path_factory):
     frontier.main([*TINY, "--epochs", "1", "--seeds", "1", "--rounds", "1", "--configurations", "sgd", "esam", *output])
     rounding.main([*TINY, "--epochs", "1", "--seeds", "1", *output])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "CASES", {"tiny": memory.Case("tiny", lambda: memory._mlp(3, 4, 10), (8, 3, 1, 1))})
-        memory.main(["--device", "cpu", *output])
+        memory.main(["--device", "cpu", "--models", "tiny", *output])
         patch.setattr(operators, "MODELS", {"ResNet-18": [(3, 4), (5,)]})
         patch.setattr(operators, "_compiled", lambda *_: None)
         patch.setattr(operators.torch, "compile", lambda call: call)
@@ -288,6 +288,17 @@ def test_what_the_readme_shows_first_is_that_of_the_results(results):
     stepped = results["step_cost_cpu_small_b16"]["methods"]["esam"]["time_over_sgd"]["median"]
     least, most = sorted(100 * (cost - 1) for cost in (trained, stepped))
     assert f"ESAM {least:+.0f} to {most:+.0f} %" in tables.costs(list(results.values()))
+
+
+def test_every_configuration_of_a_sweep_can_be_plotted(results, tmp_path):
+    result = results["frontier_digits_cpu"]
+    esam = result["configurations"]["esam"]
+    result["configurations"] = dict.fromkeys(METHODS, esam)
+    for figure in (documents.KINDS["frontier"].figures[""], documents.HEADLINE):
+        figure.draw(result, tmp_path / "plot.svg")
+        assert (tmp_path / "plot.svg").stat().st_size > 1_000
+    for name in documents.HEADLINES:
+        assert name in METHODS
 
 
 def test_a_wide_table_becomes_several_that_fit():

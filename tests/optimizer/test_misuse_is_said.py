@@ -57,6 +57,17 @@ def test_a_scaler_steps():
         torch.amp.GradScaler("cpu", enabled=False).step(optimizer)
 
 
+def test_a_plain_step_after_one_by_halves():
+    model = mlp()
+    optimizer = sgd(model, gamma=1.0)
+    plain_backward(model)
+    optimizer.first_step()
+    optimizer.restore()
+    optimizer.step()
+    with pytest.warns(UserWarning, match=PLAIN):
+        optimizer.step()
+
+
 def test_each_optimizer_says_it():
     for _ in range(2):
         model = mlp()
