@@ -1,6 +1,7 @@
 """ESAMTrainer makes ESAM's steps of what a Transformers Trainer is told, and a Trainer with an ESAM alone says it."""
 
 import copy
+import inspect
 import os
 import warnings
 
@@ -17,6 +18,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra 'tran
 pytest.importorskip("accelerate", reason="needs the extra 'transformers'")
 
 from esam_kernels.integrations.transformers import ESAMTrainer  # noqa: E402
+from esam_kernels.options import OPTIONS  # noqa: E402
 
 # Not the trainer's own advice, but what ESAM says.
 OURS = ("error:forwards write", "error:step.. takes a plain step")
@@ -283,6 +285,11 @@ def test_an_optimizer_that_is_given_is_the_base(tmp_path):
     assert trainer.esam.base is sgd
     expected, _ = by_hand(other, mean_loss, [[rows] for rows in EIGHT])
     close(values(model), expected)
+
+
+def test_all_options_are_arguments():
+    arguments_ = inspect.signature(ESAMTrainer).parameters
+    assert {name: arguments_[name].default for name in OPTIONS} == {one.name: one.default for one in OPTIONS.values()}
 
 
 def test_refusals(tmp_path):
