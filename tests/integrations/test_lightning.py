@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from esam_kernels import ESAM, batch_closure
+from esam_kernels import ESAM, batch_closure, current_pass, first_pass
 
 lightning = pytest.importorskip("pytorch_lightning", reason="needs the extra 'lightning'")
 
@@ -129,6 +129,29 @@ def test_it_is_sam_by_hand_and_counts_a_step_once():
     assert run.global_step == run.optimizers[0].param_groups[0]["esam_step"] == len(DATA)
     assert module.model[1].num_batches_tracked == len(DATA)
     assert run.callback_metrics["loss"].isfinite()
+
+
+def test_a_guarded_log_is_the_loss_at_the_weights():
+    logged = []
+
+    class Guarded(Automatic):
+        def training_step(self, batch, batch_idx):
+            loss = cross_entropy(self(batch[0]), batch[1])
+            if current_pass() == first_pass():
+                self.log("loss", loss)
+            return loss
+
+        def on_train_batch_end(self, *_):
+            logged.append(self.trainer.callback_metrics["loss"].item())
+
+    module = Guarded(network())
+    model, expected = copy.deepcopy(module.model), []
+    for number, batch in enumerate(DATA):
+        expected.append(cross_entropy(copy.deepcopy(model)(batch[0]), batch[1]).item())
+        model = copy.deepcopy(module.model)
+        by_hand(model, [[one] for one in DATA[: number + 1]])
+    trainer().fit(module, loader())
+    assert logged == pytest.approx(expected, abs=1e-5)
 
 
 CLIPS = {
@@ -293,7 +316,11 @@ def replicas(rank, kind):
     return run.world_size, run.global_step, values(module.model)
 
 
-SCENARIOS = {"automatic": (replicas, {"kind": Scheduled}), "manual": (replicas, {"kind": Manual})}
+class Accumulating(Manual):
+    accumulate_grad_batches = 2  # of three: the last step has one
+
+
+SCENARIOS = {kind.__name__: (replicas, {"kind": kind}) for kind in (Scheduled, Manual, Accumulating)}
 
 
 @pytest.fixture(scope="module")
@@ -303,24 +330,27 @@ def results(tmp_path_factory):
         return ranks.run(__name__, 2, tmp_path_factory.mktemp("ranks"))
 
 
-def replicas_by_hand(clip=None, decay=1.0):
+def replicas_by_hand(accumulated=1, clip=None, decay=1.0):
     """Each rank climbs by itself; gradients are averaged, and statistics are rank 0's."""
     inputs, targets = (torch.cat(tensors) for tensors in zip(*DATA))
+    of_ranks = [list(zip(inputs[rank::2].split(8), targets[rank::2].split(8))) for rank in range(2)]
     models = [network(), network()]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in models]
-    for start in range(0, len(inputs), 16):
+
+    def loss(model, step):
+        return sum(cross_entropy(model(x), y) for x, y in step) / len(step)
+
+    for start in range(0, 3, accumulated):
         gradients = []
-        for rank, model in enumerate(models):
-            rows = slice(start + rank, start + 16, 2)
+        for model, data in zip(models, of_ranks):
             model.load_state_dict(models[0].state_dict())
-            x, y = inputs[rows], targets[rows]
-            moved = perturbed(model, lambda network, x=x, y=y: cross_entropy(network(x), y), RHO)
-            gradients.append(torch.autograd.grad(cross_entropy(moved(x), y), list(moved.parameters())))
-        for rank, model in enumerate(models):
-            cross_entropy(model(inputs[start + rank : start + 16 : 2]), targets[start + rank : start + 16 : 2])
-        for model, optimizer in zip(models, optimizers):
-            for param, *of_ranks in zip(model.parameters(), *gradients):
-                param.grad = (of_ranks[0] + of_ranks[1]) / 2
+            step = data[start : start + accumulated]
+            moved = perturbed(model, lambda network, step=step: loss(network, step), RHO)
+            gradients.append(torch.autograd.grad(loss(moved, step), list(moved.parameters())))
+        for model, data, optimizer in zip(models, of_ranks, optimizers):
+            loss(model, data[start : start + accumulated])
+            for param, *of_both in zip(model.parameters(), *gradients):
+                param.grad = sum(of_both) / 2
             if clip is not None:
                 clip(model.parameters())
             optimizer.step()
@@ -328,11 +358,17 @@ def replicas_by_hand(clip=None, decay=1.0):
     return values(models[0])
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_two_processes(results, name):
-    (world, steps, one), (_, _, other) = results(name)
-    assert (world, steps) == (2, 3)
-    expected = replicas_by_hand(CLIPS["norm"], 0.9) if name == "automatic" else replicas_by_hand()
+@pytest.mark.parametrize(
+    ("kind", "options", "steps"),
+    [
+        (Scheduled, {"clip": CLIPS["norm"], "decay": 0.9}, 3),
+        (Manual, {}, 3),
+        (Accumulating, {"accumulated": 2}, 2),
+    ],
+)
+def test_two_processes(results, kind, options, steps):
+    (world, found_steps, one), (_, _, other) = results(kind.__name__)
+    assert (world, found_steps) == (2, steps)
     weights = len(list(network().parameters()))
-    close(one, expected)
+    close(one, replicas_by_hand(**options))
     assert same(one[:weights], other[:weights])

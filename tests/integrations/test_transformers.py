@@ -1,6 +1,7 @@
 """ESAMTrainer makes ESAM's steps of what a Transformers Trainer is told, and a Trainer with an ESAM alone says it."""
 
 import copy
+import inspect
 import os
 import warnings
 
@@ -17,6 +18,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra 'tran
 pytest.importorskip("accelerate", reason="needs the extra 'transformers'")
 
 from esam_kernels.integrations.transformers import ESAMTrainer  # noqa: E402
+from esam_kernels.options import OPTIONS  # noqa: E402
 
 # Not the trainer's own advice, but what ESAM says.
 OURS = ("error:forwards write", "error:step.. takes a plain step")
@@ -253,6 +255,27 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
     assert same(*ends)
 
 
+@pytest.mark.parametrize("overflows", [False, True])
+@pytest.mark.parametrize("gamma", [1, 0.5])
+def test_with_a_scaler(tmp_path, gamma, overflows):
+    """Accelerate makes one on a GPU only: here it gets one of a CPU."""
+    ends = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model = Network()
+        if overflows and scaler is not None:
+            model.layers[0].weight.register_hook(lambda grad: grad * torch.inf)
+        options = {"rho": RHO, "beta": 1, "gamma": gamma}
+        trainer = ESAMTrainer(model, arguments(tmp_path, gradient_accumulation_steps=2), train_dataset=DATA, **options)
+        trainer.accelerator.scaler = scaler
+        trainer.train()
+        ends.append(list(model.parameters()))
+    assert (scaler.get_scale() < 1024) == overflows
+    if overflows:
+        assert same(ends[1], Network().parameters())
+    else:
+        close(*ends)
+
+
 def test_an_optimizer_that_is_given_is_the_base(tmp_path):
     model, other = Network(), Network()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -262,6 +285,11 @@ def test_an_optimizer_that_is_given_is_the_base(tmp_path):
     assert trainer.esam.base is sgd
     expected, _ = by_hand(other, mean_loss, [[rows] for rows in EIGHT])
     close(values(model), expected)
+
+
+def test_all_options_are_arguments():
+    arguments_ = inspect.signature(ESAMTrainer).parameters
+    assert {name: arguments_[name].default for name in OPTIONS} == {one.name: one.default for one in OPTIONS.values()}
 
 
 def test_refusals(tmp_path):
