@@ -364,7 +364,6 @@ class ESAM(torch.optim.Optimizer):
         """Leave the gradient of the step in ``.grad``, or all as it was before; the loss of the first forward."""
 
         def work() -> Any:
-            # The number and not the step, which holds the rollback: in a cycle the backups would outlive the step.
             step.rollback.undo_by(partial(self._reset, step.number))
             self._progress.ordinary = step.ordinary
             self._progress.phase = phase

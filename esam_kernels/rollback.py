@@ -48,7 +48,10 @@ class Rollback:
             self._open()
             result = work()
             self._close()
-            return result
+            # Undos hold what they undo, in cycles with the step: backups would outlive it. In one line with the return,
+            # so that there is none in which the step has not ended and cannot be undone any more.
+            forget: Callable[[], object] = self._undos.clear
+            return (result, forget())[0]
         except BaseException as error:
             # A try for each exception that may come where a function begins, before any try of its own.
             try:

@@ -346,6 +346,8 @@ def test_an_exception_at_any_line_of_first_step() -> None:
     setup = Setup(gamma=1.0, beta=1.0)  # whatever the number of the step
     setup.optimizer.zero_grad()
     nn.functional.cross_entropy(setup.model(torch.ones(4, 6)), torch.ones(4, dtype=torch.long)).backward()
+    setup.optimizer.first_step()  # some lines run in the first one alone
+    setup.optimizer.restore()
     before, count = setup.snapshot(), setup.optimizer.param_groups[0]["esam_step"]
     found = places(setup.optimizer.first_step)
     setup.optimizer.restore()
