@@ -23,15 +23,15 @@ results: $(READY)  # the same in full, into benchmarks/results and the README; 4
 	$(BIN)/python -m benchmarks operators --models ResNet-18 ViT-B/16 --repeats 5 --restart
 	$(BIN)/python -m benchmarks report
 
-test: $(READY)  # the whole test suite; needs no GPU
-	$(BIN)/python -m pytest -q
+test: $(READY)  # the whole test suite, a file at a time on each core; needs no GPU
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 test-newest:  # the whole test suite under the newest torch, of requirements-newest.txt; from the index that is gigabytes
 	$(PYTHON) -m venv build/newest
 	grep -vE '^(torch|triton)==' requirements.txt > build/newest/others.txt
 	build/newest/bin/python -m pip install --quiet -r requirements-newest.txt -r build/newest/others.txt
 	build/newest/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
-	build/newest/bin/python -m pytest -q
+	build/newest/bin/python -m pytest -q -n auto --dist loadfile
 
 # The sdist and the wheel in dist/, built in isolation; on Linux tagged for as old a system as its symbols allow, of which
 # libtorch_cpu.so is none: torch brings it.
