@@ -44,8 +44,8 @@ class WrittenWeights:
     """Keeps the weights that forwards write, such as those of ``nn.Embedding(max_norm=...)``.
 
     A step that fails puts them back, and one of several passes leaves them as the first one did. In the first step all
-    are kept, until that pass has shown which are written; what is first written in a later step, from the next one on.
-    Parameters of FSDP2 are not: their forwards write gathered copies of them.
+    are kept until its first pass has shown which are written; one that is first written in a later step is kept from
+    the next step on. Parameters of FSDP2 are not kept: their forwards write gathered copies of them.
     """
 
     def __init__(self, params: Sequence[Tensor], rollback: Rollback, findings: Findings) -> None:
@@ -76,10 +76,10 @@ class WrittenWeights:
         return [param._version for param in self._all]  # of every weight in every step
 
     def first_pass_has_run(self) -> None:
-        """Find out which weights the first pass has written, of those that are not known to be.
+        """Find out which weights the first pass has written, beside those that are known.
 
-        Writes through ``.data`` move no version, but change values, which is seen in the first step. On a GPU it would
-        synchronize to see that.
+        Writes through ``.data`` move no version: for them the first step compares values, but not on a GPU, where that
+        would synchronize.
         """
         known = self._findings.written
         versions = zip(self._versions, self._versions_now())
@@ -203,7 +203,7 @@ def _roots(ids: Collection[int]) -> Iterator[nn.Module]:
 
 
 class Start(NamedTuple):
-    """What passes begin with: the first two put it back, as often as they are called."""
+    """What passes begin with: ``buffers`` and ``random_state`` put theirs back, as often as they are called."""
 
     buffers: Callable[[], None]
     random_state: Callable[[], None]
@@ -226,9 +226,9 @@ class ModelState:
         self._devices = _accelerators(params)
 
     def serves(self, models: Sequence[nn.Module], params: Sequence[Tensor]) -> bool:
-        """Whether it is what would be made of these anew, which takes longer than to see that.
+        """Whether a new one, made of these, would be the same; to see that is quicker than to make it.
 
-        What FSDP2 has sharded tells nobody of its changes.
+        Never with FSDP2, whose changes cannot be seen.
         """
         return (
             not self.shards
@@ -413,9 +413,10 @@ class ModelState:
         return [param.grad for param in self.params if param.grad is not None]
 
     def watch_gradients(self) -> Callable[[], None]:
-        """Before a call of a closure; the function that is returned, called after it, refuses what it did to gradients.
+        """Watch the gradients during a call of a closure, which is not to change them.
 
-        It raises a RuntimeError.
+        Returns:
+            The function to call after it, which raises a RuntimeError if they have changed.
         """
         if self.shards:  # whose gradients are elsewhere until they are reduced
             return lambda: None

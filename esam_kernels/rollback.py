@@ -48,8 +48,8 @@ class Rollback:
             self._open()
             result = work()
             self._close()
-            # Undos hold what they undo, in cycles with the step: backups would outlive it. In one line with the return,
-            # so that there is none in which the step has not ended and cannot be undone any more.
+            # Undos hold what they undo, in cycles with the step, and backups would outlive it. They are dropped in the
+            # line that returns: an exception between two would find a step that failed and can no longer be undone.
             forget: Callable[[], object] = self._undos.clear
             return (result, forget())[0]
         except BaseException as error:

@@ -1,6 +1,6 @@
 """FSDP2: parameters that ``torch.distributed.fsdp.fully_shard`` has split over the ranks, and the passes over them.
 
-Nothing of it is imported here: it takes a second, and there are no such parameters before somebody has imported it.
+FSDP2 is not imported here: that takes a second, and there are no such parameters before somebody else has imported it.
 Apart from its public methods this uses FSDP2's lazy initialization, the end of its backward, and the places where it
 keeps gradients that are not reduced yet; ``ShardedModules`` has all of it.
 """

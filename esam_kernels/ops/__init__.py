@@ -1,8 +1,8 @@
 """The operators that ESAM is made of, over lists of tensors: what each does, and which backend serves a call.
 
 `reference.py` defines each operator in plain torch; the other backends are checked against it. A backend is a module
-with these four functions over tensors that it takes, all on one device, and `unsupported(tensor)`, which says why it
-does not take one; it is None for one that it takes, and the reference takes all.
+with all four operators, each over tensors on one device, and with `unsupported(tensor)`, which says why it does not
+take a tensor, or None if it does. The reference takes every tensor.
 """
 
 import importlib
@@ -29,7 +29,7 @@ __all__ = ["ElementMask", "explain", "perturb_", "restore_", "select_top", "squa
 _PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native",), "cuda": ("triton", "native")}
 _MODULES = {"reference": "reference", "triton": "triton_kernels", "native": "native"}
 
-# The newest version of what each backend hangs on that it was tested with; `explain` says so of a newer one.
+# The package that each backend needs, and its newest version that was tested; `explain` says if there is a newer one.
 _NEWEST_TESTED = {"native": ("torch", (2, 15)), "triton": ("triton", (3, 9))}
 
 _backends: dict[str, ModuleType] = {}  # imported when they are first needed: importing Triton takes half a second

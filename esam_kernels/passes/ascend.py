@@ -26,7 +26,7 @@ class Ascent:
     Attributes:
         weights: the drawn weights.
         grads: their gradients, or what stands for them, up to a common factor: only their direction matters. None for
-            a weight that stays. Emptied by the perturbation, which needs them last.
+            a weight that stays. ``perturb`` is the last to need them and clears the list, which frees their memory.
         losses: those at w of the rows that a gradient was taken of.
         unreached: those of the weights that the losses gave no gradient.
     """
@@ -128,7 +128,9 @@ def check_gradient(weight: Weight, grad: Tensor | None) -> None:
 
 
 def check_reached(step: Step, ascent: Ascent) -> None:
-    """After the last pass, refuse a first one that found none of the gradients found now: SAM would silently be SGD.
+    """After the last pass, refuse a step whose first one reached no weight, though now some have a gradient.
+
+    SAM would silently be SGD.
 
     Raises:
         RuntimeError: if no weight had a gradient in pass 1 and some have one now; a warning says it if some had, or if
@@ -150,8 +152,8 @@ def check_reached(step: Step, ascent: Ascent) -> None:
 def refuse_reentrant_checkpoints(step: Step, loss: Tensor, unreached: set[int]) -> None:
     """Refuse reentrant activation checkpoints, which hide the weights in them from ``torch.autograd.grad``.
 
-    A graph is searched for them in the first sharp step, whatever that draws, and where a weight is missed that never
-    was before: one that no loss depends on costs one search, and not one in each step that draws it.
+    The graph is searched for them in the first sharp step, and in a later one only if a weight gets no gradient that is
+    not known to get none. So a weight that no loss depends on costs one search, and not one in each step that draws it.
 
     Raises:
         RuntimeError: if there is a reentrant checkpoint in the graph of the loss.

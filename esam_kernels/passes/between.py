@@ -1,4 +1,4 @@
-"""What is done between the passes of a step, which all begin alike and leave what the first has left."""
+"""Begins and ends the passes of a step: each finds the buffers from before the step, and the first one's stay."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ class Between:
         """Before a pass at the weights or near them: begin with the buffers from before the step."""
         if name == "descend" and self._use_replicas is not None:
             self._use_replicas()
-        if self._put_back is not None and name != "look":  # which replays all, and may do so twice
+        if self._put_back is not None and name != "look":  # which calls replay() itself, twice if it runs twice
             self._start.buffers()
         enter(self._step, name)
 
@@ -42,7 +42,7 @@ class Between:
             self._put_back = self._step.model_state.keep_first_pass(self._start, self._step.findings)
 
     def weights_have_moved(self) -> None:
-        """After the perturbation, whose writes are none of a forward's: closures keep no outputs from now on."""
+        """After the perturbation: closures keep no outputs from now on, and its writes do not count as a forward's."""
         for closure in batch_closures(self._step):
             closure.leave_weights()
         if not self._several:

@@ -13,11 +13,11 @@ from torch import Tensor
 from ..ops.reference import element_words, keep_threshold, tensor_words
 from ..step import Step, Weight
 
-BLOCK = 16  # steps that are drawn at once: some hundred small tensor operations take as long for one
+BLOCK = 16  # steps that are drawn at once: it takes some hundred small tensor operations, as many as for one
 
 
 def drawn(step: Step) -> list[Weight]:
-    """The weights that the step perturbs as a whole, or elements of which it perturbs."""
+    """The weights that the step perturbs: those it has drawn as a whole, or all if it draws single elements."""
     weights, settings = step.weights, step.settings
     if settings.granularity == "element" or not weights:
         return list(weights)

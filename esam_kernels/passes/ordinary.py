@@ -55,7 +55,7 @@ def descend_by_closure(step: Step, closure: OrdinaryClosure) -> list[MicroBatch]
 def _run(step: Step, closure: OrdinaryClosure, last: bool) -> list[MicroBatch]:
     step.model_state.forget_weight_copies()
     closure.begin(last)
-    # As torch.optim calls it, whose steps are under no_grad().
+    # As torch.optim, whose steps are under no_grad(), calls a closure.
     call = torch.enable_grad()(closure.call)
     result = step.rollback.interruptible(call if last else in_steering_precision(step, call), last)
     closure.check(last)

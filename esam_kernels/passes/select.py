@@ -20,9 +20,14 @@ from .evaluate import MicroBatch, steered
 
 
 def look(step: Step, between: Between, before: Sequence[MicroBatch] = ()) -> list[MicroBatch]:
-    """The losses at the weights as they are, of the same random numbers as those ``before``, and as many if given.
+    """The losses of all rows at the weights as they are, with the random numbers from before the step.
 
-    Without a graph, unless forwards ask for gradients themselves.
+    It runs without a graph, unless forwards ask for gradients themselves.
+
+    Args:
+        step: the step.
+        between: replays buffers and random numbers.
+        before: losses at w, if they are known: there must be as many.
     """
 
     def run(evaluate: Callable[..., MicroBatch]) -> list[MicroBatch]:
