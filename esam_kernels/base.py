@@ -1,4 +1,4 @@
-"""What may stand under ESAM, and what of it shows through."""
+"""The base optimizer: which can be one, and which of its attributes ESAM shows as its own."""
 
 import inspect
 import itertools

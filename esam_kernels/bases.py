@@ -154,7 +154,7 @@ def _moved(key: Any, by: int) -> Any:
 
 
 class _Groups(list):
-    """A list of groups that are kept elsewhere: what would be lost is refused."""
+    """A list of groups that are kept elsewhere: changes to the list itself would be lost, so they are refused."""
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise TypeError(

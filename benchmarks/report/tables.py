@@ -60,7 +60,7 @@ def costs(results: Sequence[dict[str, Any]]) -> str:
         for name, what in (("sam", "SAM"), ("esam", "ESAM"), ("esam-bf16", "ESAM with bf16 steering"))
         if (found := measured.get(name))
     ]
-    return f"Time of a step over SGD's, over all that was measured: {', '.join(parts)}."
+    return f"Time of a single step over SGD's, where it was measured by itself: {', '.join(parts)}."
 
 
 def headline(result: dict[str, Any], names: Sequence[str]) -> str:

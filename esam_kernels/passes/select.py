@@ -90,7 +90,7 @@ def select(step: Step, before: Sequence[MicroBatch], after: Sequence[MicroBatch]
     rows = [index[i:j] - start for i, j, start in zip([0, *cuts], cuts, starts)]
     for i, (a, b, one) in enumerate(zip(low, high, rows)):
         if len(one) > 0 and (k := at_least(step, len(one), len(a))) > len(one):
-            rows[i] = ops.select_top(a, b, k)  # the one is the first of them
+            rows[i] = ops.select_top(a, b, k)  # which contains the one
     return rows
 
 

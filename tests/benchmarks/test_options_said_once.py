@@ -13,21 +13,23 @@ from benchmarks.training import trainers
 from benchmarks.training.methods import METHODS
 from esam_kernels.options import OPTIONS
 
-# What an option is given on a command line, and what ESAM must then have.
-GIVEN = {
-    "rho": (["--rho", "0.3"], 0.3),
-    "adaptive": (["--adaptive"], True),
-    "ascent": (["--ascent", "previous"], "previous"),
-    "ascent_share": (["--ascent-share", "0.5"], 0.5),
-    "start": (["--start", "7"], 7),
-    "beta": (["--beta", "0.7"], 0.7),
-    "gamma": (["--gamma", "0.4"], 0.4),
-    "granularity": (["--granularity", "element"], "element"),
-    "selection": (["--selection", "random"], "random"),
-    "select_over": (["--select-over", "all"], "all"),
-    "interval": (["--interval", "3"], 3),
-    "steering_dtype": (["--steering-dtype", "bfloat16"], "bfloat16"),
-}
+# Of no type that says what to give it.
+SAMPLES = {"rho": 0.3, "steering_dtype": "bfloat16"}
+
+
+def given(option):
+    """What an option is given on a command line, and what ESAM must then have: never the default."""
+    flag = f"--{option.name.replace('_', '-')}"
+    if option.kind is bool:
+        return ([f"--no{flag[1:]}"] if option.default else [flag]), not option.default
+    if option.choices:
+        value = option.choices[-1]
+    else:
+        value = SAMPLES.get(option.name, option.default + 2 if option.kind is int else 0.37)
+    return [flag, str(value)], value
+
+
+GIVEN = {name: given(option) for name, option in OPTIONS.items() if name != "seed"}
 
 
 def parsed(command, arguments):
@@ -43,8 +45,8 @@ def made_by(settings, name="esam"):
     return trainers.trainer(name, torch.nn.Linear(1, 1), settings, torch.device("cpu")).optimizer.param_groups[0]
 
 
-def test_every_option_but_the_seed_can_be_given():
-    assert GIVEN.keys() == OPTIONS.keys() - {"seed"}
+def test_what_is_given_is_not_the_default():
+    assert all(value != OPTIONS[name].default for name, (_, value) in GIVEN.items())
 
 
 # The parts of a step, which step cost shows, are those of a sharp one.
@@ -58,8 +60,8 @@ def test_every_option_but_the_seed_can_be_given():
     ],
 )
 def test_an_option_that_is_given_reaches_esam(command, name):
-    given, value = GIVEN[name]
-    args = parsed(command, ["--device", "cpu", *given])
+    arguments, value = GIVEN[name]
+    args = parsed(command, ["--device", "cpu", *arguments])
     radius = {"rho": args.rho[0]} if command is rounding else {}  # it takes several
     group = made_by(command_line.settings(args, 5, **radius))
     assert group[name] == value
