@@ -7,6 +7,7 @@ from .record import UnwritableError
 
 # Imported only when asked for: each brings libraries of its own.
 COMMANDS = {
+    "bench": "what SGD, SAM and ESAM cost and buy here, in minutes, with a table and a page",
     "train": "accuracy, time and memory of SGD, SAM and ESAM on a whole training",
     "step_cost": "the time of one step and of its passes",
     "frontier": "accuracy against cost over ESAM's options",
