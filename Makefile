@@ -7,12 +7,8 @@ SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 
 .PHONY: bench results test test-newest attack docs wheel wheel-test check format sanitize test-gpu gpu sanitize-gpu clean
 
-bench: $(READY)  # what SGD, SAM and ESAM cost and buy here, in short, with a report in build/bench; 6 minutes on 2 cores
-	$(BIN)/python -m benchmarks train --epochs 20 --restart --output build/bench
-	$(BIN)/python -m benchmarks step_cost --quick --restart --output build/bench
-	$(BIN)/python -m benchmarks frontier --quick --restart --output build/bench
-	$(BIN)/python -m benchmarks memory --restart --output build/bench
-	$(BIN)/python -m benchmarks report --results build/bench
+bench: $(READY)  # what SGD, SAM and ESAM cost and buy here, in short, with a page in build/bench; 6 minutes on 2 cores
+	$(BIN)/python -m benchmarks bench
 
 results: $(READY)  # the same in full, into benchmarks/results and the README; 40 minutes on 2 quiet cores
 	$(BIN)/python -m benchmarks train --restart

@@ -3,8 +3,11 @@
 import sys
 from importlib import import_module
 
+from .record import UnwritableError
+
 # Imported only when asked for: each brings libraries of its own.
 COMMANDS = {
+    "bench": "what SGD, SAM and ESAM cost and buy here, in minutes, with a table and a page",
     "train": "accuracy, time and memory of SGD, SAM and ESAM on a whole training",
     "step_cost": "the time of one step and of its passes",
     "frontier": "accuracy against cost over ESAM's options",
@@ -20,7 +23,10 @@ COMMANDS = {
 def main(argv: list[str]) -> None:
     """Run the command, or say which there are."""
     if argv and argv[0] in COMMANDS:
-        import_module(f"benchmarks.commands.{argv[0]}").main(argv[1:])
+        try:
+            import_module(f"benchmarks.commands.{argv[0]}").main(argv[1:])
+        except UnwritableError as error:
+            sys.exit(f"python -m benchmarks {argv[0]}: {error}")
         return
     lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
     usage = "\n".join(["usage: python -m benchmarks COMMAND [--help]", "", *lines])

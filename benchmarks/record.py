@@ -2,8 +2,11 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,56 @@ import numpy as np
 RESULTS = Path(__file__).parent / "results"
 DERIVED = ("restart", "left_out", "validation")  # of a command line, what says nothing of how it was measured
 FORMER_NAMES = {"kernels": "operators"}  # of benchmarks
+
+
+class UnwritableError(ValueError):
+    """A file cannot be written: the disk is full, or the folder is not ours."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(
+            f"{path} cannot be written: {error.strerror or error}. Make room there or choose another folder; what was "
+            "written before is whole"
+        )
+
+
+def require_writable(folder: Path) -> None:
+    """Make a folder if it is not there, and write and remove a file in it: better now than after measuring.
+
+    Raises:
+        UnwritableError: if that cannot be done.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise UnwritableError(folder, error) from error
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file's path beside ``path``, which takes its place when the block ends, and is removed if it fails.
+
+    Raises:
+        UnwritableError: if it could not be written, in which case ``path`` is what it was.
+    """
+    new = path.with_name(f"{path.name}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield new
+        os.replace(new, path)
+    except BaseException as error:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UnwritableError(path, error) from error
+        raise
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    with whole(path) as new:
+        new.write_text(text)
 
 
 def header(benchmark: str, data: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -35,10 +88,7 @@ def mean_and_std(values: Sequence[float]) -> dict[str, float | None] | None:
 
 def save(result: dict[str, Any], folder: Path, stem: str) -> None:
     """Write a result as JSON, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    new = folder / f"{stem}.json.new"
-    new.write_text(json.dumps(result, indent=1) + "\n")
-    new.replace(folder / f"{stem}.json")
+    write(folder / f"{stem}.json", json.dumps(result, indent=1) + "\n")
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
@@ -47,7 +97,12 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    result = json.loads(path.read_text())
+    try:
+        result = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is no result, or only part of one ({error}): measure it anew, or remove it"
+        ) from error
     if (name := result.get("benchmark")) in FORMER_NAMES:
         result["benchmark"] = FORMER_NAMES[name]
     return result

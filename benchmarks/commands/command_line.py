@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from esam_kernels.options import OPTIONS
+from esam_kernels.passes.evaluate import cpu_has_bf16_units
 
-from ..measuring.environment import cpu_has_bf16_matrix_units, environment
+from ..measuring.environment import environment
 from ..measuring.journal import PACKAGES, Journal, code_fingerprint
 from ..record import RESULTS
 from ..training import data
@@ -56,6 +57,7 @@ def make_parser(description: str, many: bool = False) -> argparse.ArgumentParser
     add("--channels-last", action="store_true", help="keep images and weights in channels-last order")
     default = "0.01" if many else "0.1 for digits, 0.05 for cifar10"
     add("--lr", type=float, help=f"peak learning rate; default: {default}")
+    add("--skip-slow-bf16", action="store_true", help="leave out bf16 on a CPU where it is slower than float32")
     add("--momentum", type=float, default=0.9, help="default: %(default)s")
     add("--weight-decay", type=float, help="default: 5e-4 for digits, 1e-3 for cifar10")
     add_esam(parser, but=["interval", "start"] if many else [])  # the parts of a step are those of a sharp one
@@ -131,9 +133,14 @@ def prepare(args: argparse.Namespace) -> None:
         ValueError: if the device is not there.
     """
     require_device(args)
-    if args.device == "cpu" and not cpu_has_bf16_matrix_units():
-        print("This CPU has no bf16 matrix units: what runs in bf16 saves no time here.")
+    if args.device == "cpu" and cpu_has_bf16_units() is False:
+        print("This CPU has no bf16 units (AMX, AVX512-BF16): what runs in bf16 saves no time here.")
     torch.backends.cudnn.benchmark = True
+
+
+def slow_bf16(args: argparse.Namespace) -> bool:
+    """Whether what runs in bf16 is to be left out, since it would only be slower."""
+    return args.skip_slow_bf16 and args.device == "cpu" and cpu_has_bf16_units() is False
 
 
 def require_device(args: argparse.Namespace) -> None:
@@ -170,7 +177,7 @@ def without_left_out(parser: argparse.ArgumentParser, args: argparse.Namespace, 
     SAM of this package takes the place of the one that is missing. What was asked for by name is refused instead.
     """
     names: list[str] = getattr(args, option)
-    args.left_out = left_out(names, getattr(args, "base", "sgd"))
+    args.left_out = left_out(names, getattr(args, "base", "sgd"), slow_bf16(args))
     if args.left_out and not default:
         parser.error("; ".join(f"--{option} {name}: {why}" for name, why in args.left_out.items()))
     here = [SUBSTITUTES.get(name, "") if name in args.left_out else name for name in names]

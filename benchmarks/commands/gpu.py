@@ -13,45 +13,21 @@ import argparse
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 from .. import record
 from ..measuring.environment import environment
 from ..measuring.journal import CHANGING, PACKAGES, code_fingerprint
 from ..report import tables
+from . import processes
+from .processes import REPOSITORY, Part, is_finished, run_part
+from .refusals import refusals
 
-REPOSITORY = record.RESULTS.parents[1]
-POLL = 0.1  # seconds
 RESERVE = 10.0  # seconds that the page takes at the end
 STATE, ENVIRONMENT, RESULTS = "state.json", "environment.json", "results"  # in the output folder
-
-
-@dataclass(frozen=True)
-class Part:
-    """What runs in a process of its own.
-
-    Attributes:
-        name: of its log.
-        why: what it yields.
-        seconds: its limit.
-        command: the process, without Python; with ``--time-budget`` at its end, it is given its limit less a reserve.
-        results: the names of the results that are there when it is finished, less their suffix.
-        again: whether it runs in every call, finished or not.
-    """
-
-    name: str
-    why: str
-    seconds: float
-    command: tuple[str, ...]
-    results: tuple[str, ...] = ()
-    again: bool = False
 
 
 def parts(args: argparse.Namespace) -> Iterator[Part]:
@@ -146,59 +122,6 @@ def parts(args: argparse.Namespace) -> Iterator[Part]:
             yield Part(f"step_cost_all{'_' + amp if amp else ''}", "a step of all networks", 540, command)
 
 
-# One part.
-
-
-def clock() -> float:
-    """Seconds, by which limits are kept."""
-    return monotonic()
-
-
-def run_part(part: Part, limit: float, log: Path) -> str:
-    """Run a part's process, and end it with all that it has started at its limit; how it ended."""
-    command = [sys.executable, *part.command]
-    if command[-1] == "--time-budget":
-        command.append(f"{max(1.0, 0.85 * limit - 10):.0f}")
-    variables = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        file.write(f"\n$ {' '.join(command[1:])}\n".encode())
-        file.flush()
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=variables, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        end = clock() + limit
-        try:
-            while True:
-                try:
-                    code = process.wait(POLL)
-                    return "done" if code == 0 else f"failed with exit status {code}"
-                except subprocess.TimeoutExpired:
-                    if clock() > end:
-                        return "ended at its limit"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # its own session: the process and what it started
-                process.wait()
-
-
-def is_finished(part: Part, how: str, output: Path) -> bool:
-    """Whether a part that has ended so has nothing left to do."""
-    if how != "done":
-        return False
-    for stem in part.results:
-        path = output / RESULTS / f"{stem}.json"
-        if not path.exists():
-            return False
-        runs = json.loads(path.read_text()).get("runs")
-        if isinstance(runs, dict) and "planned" in runs and runs["finished"] < runs["planned"]:
-            return False
-    return True
-
-
 # All of them.
 
 
@@ -238,7 +161,7 @@ def set_aside_if_other(output: Path) -> None:
         shutil.rmtree(output / RESULTS, ignore_errors=True)
         (output / STATE).unlink(missing_ok=True)
         print(f"Other code or another machine measured what was here, which is now in {other}")
-    path.write_text(json.dumps(environment() | here, indent=1) + "\n")
+    record.write(path, json.dumps(environment() | here, indent=1) + "\n")
 
 
 def hand_over(output: Path) -> None:
@@ -280,8 +203,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         order = [part for part in order if part.name in args.only]
     if args.data_file is not None and not args.data_file.exists():
         parser.error(f"--data-file {args.data_file} does not exist")
-    end = clock() + 60 * args.minutes - RESERVE
-    args.output.mkdir(parents=True, exist_ok=True)
+    end = processes.clock() + 60 * args.minutes - RESERVE
+    with refusals(parser):
+        record.require_writable(args.output)
     failed: list[str] = []
     compared = False
     for part in order:
@@ -291,23 +215,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         state = read_state(args.output)
         if state.get(part.name, {}).get("finished") and not part.again:
             continue
-        limit = min(part.seconds, end - clock())
+        limit = min(part.seconds, end - processes.clock())
         if limit <= 0:
             break
         print(f"{part.name}: {part.why}, {limit:.0f} seconds at most", flush=True)
-        begin = clock()
+        begin = processes.clock()
         how = run_part(part, limit, args.output / "logs" / f"{part.name}.log")
         print(f"{part.name}: {how}", flush=True)
         if how.startswith("failed"):
             failed.append(part.name)
-        finished = is_finished(part, how, args.output)
+        finished = is_finished(part, how, args.output / RESULTS)
         how += "" if finished or how != "done" else ", to be gone on with"
-        state[part.name] = {"how": how, "finished": finished, "seconds": clock() - begin}
-        (args.output / STATE).write_text(json.dumps(state, indent=1) + "\n")
-        (args.output / "page.md").write_text(page(args.output, order))
+        state[part.name] = {"how": how, "finished": finished, "seconds": processes.clock() - begin}
+        record.write(args.output / STATE, json.dumps(state, indent=1) + "\n")
+        record.write(args.output / "page.md", page(args.output, order))
         hand_over(args.output)
     text = page(args.output, order)
-    (args.output / "page.md").write_text(text)
+    record.write(args.output / "page.md", text)
     hand_over(args.output)
     print(text)
     if failed:

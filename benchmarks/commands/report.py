@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not results:
             raise ValueError(f"--results {folder}: no results are there, which the other commands write")
         list(documents.by_kind(results))  # so that an unknown kind is refused before anything is written
+        record.require_writable(folder)
     documents.write(folder)
     if folder.resolve() == record.RESULTS.resolve():
         with refusals(parser):
@@ -44,5 +45,5 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for document, plots in DOCUMENTS.items()
             }
         for document, text in updated.items():
-            document.write_text(text)
+            record.write(document, text)
     print(f"Written to {folder}: report.html, report.md")

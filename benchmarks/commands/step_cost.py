@@ -295,7 +295,7 @@ def left_out(args: argparse.Namespace) -> dict[str, str]:
     """The methods that make no sense in a case, and why."""
     of_precision = [name for name in TIMED if METHODS[name].compares_precision]
     why = dict.fromkeys(of_precision, "--amp sets the precision of all passes") if args.amp else {}
-    why |= trainers.left_out(TIMED)
+    why |= trainers.left_out(TIMED, slow_bf16=command_line.slow_bf16(args))
     if args.authors_code is None:
         why["esam-authors"] = "--authors-code says where it is"
     elif args.model in LANGUAGE_WIDTHS:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from esam_kernels.passes.evaluate import cpu_has_bf16_units
+
 _REPOSITORY = Path(__file__).parents[2]
 
 
@@ -25,7 +27,7 @@ def environment() -> dict[str, Any]:
         ),
         "cpu": _proc_field("/proc/cpuinfo", "model name") or platform.processor(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "cpu_bf16_matrix_units": cpu_has_bf16_matrix_units(),
+        "cpu_bf16_units": cpu_has_bf16_units(),
         "threads": torch.get_num_threads(),
         "memory_gib": _memory_gib(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
@@ -49,12 +51,6 @@ def _allows_tf32(flags: Any, precision: Any) -> bool:
         return bool(flags.allow_tf32)
     except RuntimeError:  # which torch raises where somebody has set fp32_precision instead
         return bool(precision.fp32_precision == "tf32")
-
-
-def cpu_has_bf16_matrix_units() -> bool:
-    """Whether the CPU multiplies bf16 matrices in hardware (Intel AMX, Arm BF16), so that bf16 steering pays."""
-    flags = _proc_field("/proc/cpuinfo", "flags") or _proc_field("/proc/cpuinfo", "Features")
-    return not {"amx_bf16", "bf16"}.isdisjoint(flags.split())
 
 
 def _proc_field(path: str, name: str) -> str:

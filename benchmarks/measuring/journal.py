@@ -10,6 +10,8 @@ from typing import Any
 import benchmarks
 import esam_kernels
 
+from ..record import UnwritableError, require_writable
+
 PACKAGES = (Path(esam_kernels.__file__).parent, Path(benchmarks.__file__).parent)
 # What may change between two starts. Of the code, its fingerprint says more than git does.
 CHANGING = {"date", "commit", "uncommitted_changes"}
@@ -27,13 +29,13 @@ class Journal:
         restart: begin anew, whatever is in the file.
 
     Raises:
-        ValueError: if the file was begun in another environment, or is no journal.
+        ValueError: if the file was begun in another environment, is no journal, or cannot be written.
     """
 
     def __init__(self, path: Path, environment: Mapping[str, Any], restart: bool = False) -> None:
         self.path = path
         self._parts: dict[str, Any] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        require_writable(path.parent)
         text = b"" if restart or not path.exists() else path.read_bytes()
         # A line without its end was being written when the process was killed.
         text = text[: text.rfind(b"\n") + 1]
@@ -45,8 +47,7 @@ class Journal:
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(f"{path} is no journal of measurements: move it away, or give --restart") from error
             self._require_same(begun, environment)
-        with path.open("ab") as file:
-            file.truncate(len(text))
+        self._truncate(len(text))
         if not text:
             self._append({"environment": dict(environment)})
 
@@ -66,10 +67,22 @@ class Journal:
         return self.get(key)
 
     def _append(self, line: dict[str, Any]) -> None:
-        with self.path.open("ab") as file:
-            file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("ab") as file:
+                file.write(json.dumps(line).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            self._truncate(size)
+            raise UnwritableError(self.path, error) from error
+
+    def _truncate(self, size: int) -> None:
+        try:
+            with self.path.open("ab") as file:
+                file.truncate(size)
+        except OSError as error:
+            raise UnwritableError(self.path, error) from error
 
     def _require_same(self, begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         for name in sorted((begun.keys() | now.keys()) - CHANGING):

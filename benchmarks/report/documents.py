@@ -11,6 +11,7 @@ from typing import Any
 from esam_kernels.options import OPTIONS
 
 from ..record import load
+from ..record import write as write_whole
 from . import page, plots, tables
 
 # The README's rows of the frontier, of which it shows those that were measured.
@@ -254,8 +255,8 @@ def options_table() -> str:
 def write(folder: Path) -> None:
     """Write the page, the Markdown and its plots beside the results in ``folder``."""
     results = load(folder)
-    (folder / "report.html").write_text(as_page(results))
-    (folder / "report.md").write_text(as_markdown(results))
+    write_whole(folder / "report.html", as_page(results))
+    write_whole(folder / "report.md", as_markdown(results))
     for kind, members in by_kind(results):
         for stem, result in members.items():
             for name, figure in kind.plots(result):

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..record import whole
 from .tables import PANELS, sound_curves
 
 # Colours that the colour-blind can tell apart (Okabe and Ito, 2008); bf16 shares its method's, in dashes.
@@ -250,7 +251,13 @@ def headline(result: dict[str, Any], names: Collection[str], path: Path) -> None
             ax.grid(visible=False, axis="y")
             ax.tick_params(axis="y", length=0)
         right.spines["left"].set_visible(False)
-        figure.savefig(path, metadata={"Date": None})
+        _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write the figure as SVG, always the same, whole or not at all."""
+    with whole(path) as new:
+        figure.savefig(new, format="svg", metadata={"Date": None})
 
 
 def describe_headline(result: dict[str, Any], names: Collection[str]) -> str:
@@ -339,4 +346,4 @@ def _panels(path: Path, title: str, names: Collection[str]) -> Iterator[list[Axe
         yield axes
         entries = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
         figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=3)
-        figure.savefig(path, metadata={"Date": None})
+        _save(figure, path)

@@ -444,14 +444,21 @@ def _operators(rows: list[dict[str, Any]]) -> str:
 def machine(result: dict[str, Any]) -> str:
     """One line on where and with what a result was measured."""
     env = result["environment"]
-    units = ", with bf16 matrix units" if env["cpu_bf16_matrix_units"] else ", without bf16 matrix units"
-    cpu = f"{env['cpu']}, {env['cpu_cores']} cores{units}"
+    cpu = f"{env['cpu']}, {env['cpu_cores']} cores{_bf16_units(env)}"
     device = env["gpu"] if result["settings"]["device"] == "cuda" else cpu
     if result["settings"]["device"] == "cuda":
         matmul, convolution = ("with" if env[f"tf32_{what}"] else "without" for what in ("matmul", "convolution"))
         device += f", matrix products {matmul} TF32, convolutions {convolution}"
     dirty = " with uncommitted changes" if env["uncommitted_changes"] else ""
     return f"{device}; torch {env['torch']}; commit {env['commit']}{dirty}; {env['date']}."
+
+
+def _bf16_units(env: Mapping[str, Any]) -> str:
+    """Whether the CPU has units for bf16: of any kind, or for matrices, which is what results from before say."""
+    kind, there = "bf16", env.get("cpu_bf16_units")
+    if "cpu_bf16_matrix_units" in env:
+        kind, there = "bf16 matrix", env["cpu_bf16_matrix_units"]
+    return "" if there is None else f", {'with' if there else 'without'} {kind} units"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -4,12 +4,12 @@ import io
 import pickle
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ DATASETS = ("digits", "cifar10", "random")
 PADDING = -100  # the target of a token that no loss is taken of
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # images [n, channels, height, width] and their labels [n]
+
+
+class MissingPackageError(ValueError):
+    """A file needs a package to be read."""
 
 
 @dataclass
@@ -225,7 +229,7 @@ def load(name: str, file: Path | None, device: torch.device, memory_format: torc
         memory_format: in which order the dimensions of its batches lie in memory.
 
     Raises:
-        ValueError: if a file is missing or not needed.
+        ValueError: if a file is missing, not needed, corrupt, or only part of what it should be.
     """
     if name == "random":
         if file is not None:
@@ -248,7 +252,10 @@ def load(name: str, file: Path | None, device: torch.device, memory_format: torc
             raise ValueError(f"--data-file {file} does not exist")
         is_pack = file.suffix == ".npz"
         label, pad, flip = "CIFAR-10 (JPEG copy)" if is_pack else "CIFAR-10", 4, True
-        train, test = _cifar_pack(file) if is_pack else _cifar_pickles(file)
+        with _readable(file):
+            train, test = _cifar_pack(file) if is_pack else _cifar_pickles(file)
+            for images, labels in (train, test):
+                _require_images(images, labels)
     arrays = [torch.from_numpy(array) for array in (*train, *test)]
     train_images, train_labels, test_images, test_labels = (
         array.to(device, torch.uint8 if array.dim() == 4 else torch.int64) for array in arrays
@@ -277,18 +284,56 @@ def _digits() -> tuple[Arrays, Arrays]:
 
 def _cifar_pickles(path: Path) -> tuple[Arrays, Arrays]:
     """The archive or folder from the data set's page: five files to train with, one to test."""
-    if path.is_file():
-        with tarfile.open(path) as archive, TemporaryDirectory() as folder:
-            archive.extractall(folder, filter="data")
-            return _cifar_pickles(Path(folder) / "cifar-10-batches-py")
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    batches: dict[str, Arrays] = {}
 
-    def read(name: str) -> Arrays:
-        with (path / name).open("rb") as file:
-            batch = _ArrayUnpickler(file, encoding="bytes").load()
-        return batch[b"data"].reshape(-1, 3, 32, 32), np.asarray(batch[b"labels"], np.uint8)
+    def read(name: str, file: IO[bytes]) -> None:
+        batch = _ArrayUnpickler(file, encoding="bytes").load()
+        batches[name] = batch[b"data"].reshape(-1, 3, 32, 32), np.asarray(batch[b"labels"], np.uint8)
 
-    images, labels = zip(*(read(f"data_batch_{i}") for i in range(1, 6)))
-    return (np.concatenate(images), np.concatenate(labels)), read("test_batch")
+    if path.is_dir():
+        for name in names:
+            with (path / name).open("rb") as file:
+                read(name, file)
+    else:
+        with tarfile.open(path) as archive:
+            for member in archive:  # in their order there, so that it is unpacked once, and not to a disk
+                folder, _, name = member.name.rpartition("/")
+                if folder == "cifar-10-batches-py" and name in names and (content := archive.extractfile(member)):
+                    read(name, content)
+        if missing := [name for name in names if name not in batches]:
+            raise EOFError(f"cifar-10-batches-py/{missing[0]} is not in it")
+    images, labels = zip(*(batches[name] for name in names[:-1]))
+    return (np.concatenate(images), np.concatenate(labels)), batches["test_batch"]
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Say of a file that cannot be read what it is and what to do; what it lacks is a ValueError already."""
+    try:
+        yield
+    except MissingPackageError:
+        raise
+    except MemoryError:
+        raise  # which is not the file's fault
+    except PermissionError as error:
+        raise ValueError(f"--data-file {path} may not be read: {error.strerror}") from error
+    except Exception as error:  # tarfile, gzip, zipfile, zlib, pickle, NumPy and pillow each raise their own
+        size = f" of {path.stat().st_size:,} bytes" if path.is_file() else ""
+        raise ValueError(
+            f"--data-file {path}{size} is corrupt or only part of CIFAR-10 ({type(error).__name__}: {error}): download "
+            "it anew, and compare its checksum with that on its page"
+        ) from error
+
+
+def _require_images(images: NDArray[Any], labels: NDArray[Any]) -> None:
+    """Raise a ValueError if these are not colour images with a class of ten each."""
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.uint8 or not len(images):
+        raise ValueError(f"images are {images.dtype} of shape {images.shape}, and not uint8 [n, 3, height, width]")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"there are {len(images)} images and labels of shape {labels.shape}")
+    if labels.min() < 0 or labels.max() > 9:
+        raise ValueError(f"labels are from {labels.min()} to {labels.max()}, and not from 0 to 9")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -310,7 +355,7 @@ def _cifar_pack(path: Path) -> tuple[Arrays, Arrays]:
         if f"{name}_images" in arrays:
             return arrays[f"{name}_images"], arrays[f"{name}_labels"]
         if find_spec("PIL") is None:
-            raise ValueError(
+            raise MissingPackageError(
                 f"--data-file {path} holds JPEG files, which need the package pillow: unpack them where it is, by "
                 f"python -m benchmarks unpack {path.name} images.npz"
             )

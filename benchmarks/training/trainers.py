@@ -411,8 +411,8 @@ def trainer(
 PACKAGES = {"sam": "pytorch_optimizer"}  # that a trainer needs and that may be missing
 
 
-def left_out(names: Iterable[str], base: str = "sgd") -> dict[str, str]:
-    """Of methods by name those that cannot be trained here, and why."""
+def left_out(names: Iterable[str], base: str = "sgd", slow_bf16: bool = False) -> dict[str, str]:
+    """Of methods those that cannot be trained here, or if ``slow_bf16`` that only lose time in bf16; and why."""
     why = {}
     for name in names:
         package = PACKAGES.get(METHODS[name].trainer)
@@ -420,6 +420,8 @@ def left_out(names: Iterable[str], base: str = "sgd") -> dict[str, str]:
             why[name] = f"the package {package} is not installed"
         elif METHODS[name].nesterov and base != "sgd":
             why[name] = f"Nesterov's momentum is SGD's, and the base is {base}"
+        elif slow_bf16 and METHODS[name].compares_precision:
+            why[name] = "bf16 is slower than float32 on this CPU, which has no units for it (AMX, AVX512-BF16)"
     return why
 
 

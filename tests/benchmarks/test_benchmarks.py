@@ -66,7 +66,7 @@ def test_cifar_from_its_folder_and_its_archive(cifar_folder, tmp_path):
 
 def test_a_pickle_that_would_run_code_is_refused(cifar_folder):
     (cifar_folder / "test_batch").write_bytes(pickle.dumps({b"data": print}))
-    with pytest.raises(pickle.UnpicklingError, match="print does not belong"):
+    with pytest.raises(ValueError, match="print does not belong"):
         load("cifar10", cifar_folder)
 
 

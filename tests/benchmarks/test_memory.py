@@ -66,7 +66,7 @@ def test_the_table_compares_with_sgd():
         "SGD": {"peak_bytes": 4_000_000, "backup_bytes": None, "floor_bytes": None},
         "ESAM": {"peak_bytes": 5_000_000, "backup_bytes": 900_000, "floor_bytes": 800_000},
     }
-    environment = {"cpu": "CPU", "cpu_cores": 1, "cpu_bf16_matrix_units": False, "gpu": None, "torch": "2"}
+    environment = {"cpu": "CPU", "cpu_cores": 1, "cpu_bf16_units": False, "gpu": None, "torch": "2"}
     environment |= {"uncommitted_changes": False, "commit": "0", "date": "today"}
     case = {"label": "net", "batch_size": 8, "weight_bytes": 1_000_000, "rows": rows}
     result = {"environment": environment, "settings": {"device": "cpu", "steps": 3, "beta": 0.6, "gamma": 0.5}}
