@@ -36,13 +36,14 @@ def parts(args: argparse.Namespace) -> Iterator[Part]:
     device, dry = args.device, args.dry_run
     data = "random" if dry else "digits"
     shared = ("--device", device, "--restart", "--output", str(args.output))
-    tiny = ("--data", "random", "--width", "4")
-    training = (*tiny, "--epochs", "1", "--seeds", "1", "--train-samples", "64", "--batch-size", "16")
+    more: tuple[str, ...]
+    tiny: tuple[str, ...] = ("--data", "random", "--width", "4")
+    training: tuple[str, ...] = (*tiny, "--epochs", "1", "--seeds", "1", "--train-samples", "64", "--batch-size", "16")
     training += ("--sharpness-samples", "0")
 
-    def benchmark(name: str, why: str, stems: Sequence[str], *more: str) -> Part:
+    def benchmark(name: str, why: str, stems: Sequence[str], *options: str) -> Part:
         slow = () if name == "memory" else ("--skip-slow-bf16",)  # how much memory bf16 takes is no matter of time
-        return Part(name, why, LIMIT, ("-m", "benchmarks", name, *shared, *slow, *more), tuple(stems))
+        return Part(name, why, LIMIT, ("-m", "benchmarks", name, *shared, *slow, *options), tuple(stems))
 
     more = training if dry else ("--epochs", "20")
     yield benchmark("train", "accuracy, time and memory of a whole training", [f"train_{data}_{device}"], *more)
