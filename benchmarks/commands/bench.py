@@ -36,13 +36,14 @@ def parts(args: argparse.Namespace) -> Iterator[Part]:
     device, dry = args.device, args.dry_run
     data = "random" if dry else "digits"
     shared = ("--device", device, "--restart", "--output", str(args.output))
-    tiny = ("--data", "random", "--width", "4")
-    training = (*tiny, "--epochs", "1", "--seeds", "1", "--train-samples", "64", "--batch-size", "16")
+    more: tuple[str, ...]
+    tiny: tuple[str, ...] = ("--data", "random", "--width", "4")
+    training: tuple[str, ...] = (*tiny, "--epochs", "1", "--seeds", "1", "--train-samples", "64", "--batch-size", "16")
     training += ("--sharpness-samples", "0")
 
-    def benchmark(name: str, why: str, stems: Sequence[str], *more: str) -> Part:
+    def benchmark(name: str, why: str, stems: Sequence[str], *options: str) -> Part:
         slow = () if name == "memory" else ("--skip-slow-bf16",)  # how much memory bf16 takes is no matter of time
-        return Part(name, why, LIMIT, ("-m", "benchmarks", name, *shared, *slow, *more), tuple(stems))
+        return Part(name, why, LIMIT, ("-m", "benchmarks", name, *shared, *slow, *options), tuple(stems))
 
     more = training if dry else ("--epochs", "20")
     yield benchmark("train", "accuracy, time and memory of a whole training", [f"train_{data}_{device}"], *more)
@@ -111,11 +112,15 @@ class ProgressLine:
         return f"{place}, {doing}; about {duration(self.seconds_left())} left in all"
 
     def seconds_left(self) -> float:
-        """What is left of the time that is expected, at the pace of the parts that are over."""
+        """What is left: of this part by its own count, or else as expected at the pace of the parts that are over."""
         over = sum(EXPECTED[name] for name in self.took)
         pace = sum(self.took.values()) / over if over else 1.0
         later = self.order[self.order.index(self._part) + 1 :]
-        here = max(0.0, pace * EXPECTED[self._part.name] - (processes.clock() - self._began))
+        so_far = processes.clock() - self._began
+        here = max(0.0, pace * EXPECTED[self._part.name] - so_far)
+        said = last_said(self._log_of(self._part))
+        if said and said[1] and not said[0].endswith("rounds"):  # which are those of one of several cases
+            here = so_far / said[1] - so_far
         return here + pace * sum(EXPECTED[part.name] for part in later)
 
     def _log_of(self, part: Part) -> str:
@@ -189,11 +194,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     clear_away(args.output, order)
     logs = args.output / "logs"
     line = ProgressLine(order, logs, sys.stderr)
-    what = "; ".join(f"{part.name}, {part.why}" for part in order)
-    print(f"Measured are {what}. It takes about {duration(line.seconds_left())} on 2 quiet cores; Ctrl-C ends it with")
-    print(f"what there is. What the parts say is in {logs}.", flush=True)
+    print("To be measured:", *(f"  {part.name:<10} {part.why}" for part in order), sep="\n")
+    print(f"About {duration(line.seconds_left())} on 2 quiet cores; Ctrl-C ends it with what there is. Logs: {logs}")
     if args.device == "cpu" and cpu_has_bf16_units() is False:
         print("Steps in bf16 are left out: this CPU has no units for it (AMX, AVX512-BF16), and they would be slower.")
+    sys.stdout.flush()
     interrupted, failed = False, []
     try:
         failed = measure(order, logs, line)

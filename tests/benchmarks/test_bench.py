@@ -1,0 +1,121 @@
+"""``python -m benchmarks bench`` says how far it is, ends with the table and the page, and survives Ctrl-C."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from io import StringIO
+
+import pytest
+
+from benchmarks import record
+from benchmarks.commands import bench, processes
+
+REPOSITORY = record.RESULTS.parents[1]
+
+
+def start(folder):
+    command = [sys.executable, "-m", "benchmarks", "bench", "--dry-run", "--device", "cpu", "--output", str(folder)]
+    about = {"cwd": REPOSITORY, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **about)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder, what a run that was interrupted in its second part said and left, and what a whole one then said."""
+    folder = tmp_path_factory.mktemp("bench")
+    first = start(folder)
+    said = []
+    while "[2 of 4] frontier" not in "".join(said[-1:]):
+        said.append(first.stderr.readline())
+        assert said[-1], first.stdout.read()
+    first.send_signal(signal.SIGINT)
+    out, err = first.communicate(timeout=100)
+    left = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+    (folder / "train_random_cpu.json").write_text("of an earlier call")
+    second = start(folder)
+    whole = second.communicate(timeout=300)
+    return folder, (first.returncode, out, "".join(said) + err, left), (second.returncode, *whole)
+
+
+def test_what_is_interrupted_shows_what_there_is_and_its_exit_status_says_so(runs):
+    folder, (status, out, err, left), _ = runs
+    assert status == bench.INTERRUPTED, err
+    assert "Interrupted" in out
+    assert "| ESAM " in out
+    assert out.endswith(f"The page: {folder / 'report.html'}\n")
+    assert "train_random_cpu" in left["report.html"]
+    assert "Traceback" not in err
+    assert json.loads(left["train_random_cpu.json"])["methods"]
+    assert not [name for name in left if name.startswith(("step_cost", "memory")) or name.endswith(".new")]
+
+
+def test_the_whole_ends_with_the_table_and_the_page(runs):
+    folder, _, (status, out, err) = runs
+    assert status == 0, err
+    assert re.search(r"\| optimizer .*\n.*\n\| SGD ", out)
+    assert out.endswith(f"The page: {folder / 'report.html'}\n")
+    shown = (folder / "report.html").read_text()
+    for stem in ("train_random_cpu", "frontier_random_cpu", "step_cost_cpu_resnet18_b4", "memory_cpu"):
+        assert stem in shown
+
+
+def test_it_says_what_it_does_and_how_far_it_is(runs):
+    *_, (_, out, err) = runs
+    for number, name in enumerate(("train", "frontier", "step_cost", "memory"), 1):
+        assert re.search(rf"^  {name} +\w", out, re.MULTILINE)
+        assert re.search(rf"^\[{number} of 4\] {name}, .*; about \d+ (s|min) left in all$", err, re.MULTILINE)
+        assert re.search(rf"^{name}: done in \d+ s$", err, re.MULTILINE)
+
+
+@pytest.fixture
+def line(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(processes, "clock", lambda: now[0])
+    order = list(bench.parts(bench.make_parser().parse_args(["--output", str(tmp_path)])))
+    return bench.ProgressLine(order, tmp_path, StringIO()), order, now
+
+
+def test_the_time_left_follows_the_pace_of_the_parts_that_are_over(line):
+    one, order, now = line
+    one.begin(order[0])
+    assert one.seconds_left() == sum(bench.EXPECTED.values())
+    now[0] = 2 * bench.EXPECTED["train"]
+    one.end("done")
+    one.begin(order[1])
+    assert one.seconds_left() == 2 * (sum(bench.EXPECTED.values()) - bench.EXPECTED["train"])
+
+
+def test_the_time_left_follows_the_parts_own_count(line, tmp_path):
+    one, order, now = line
+    (tmp_path / "train.log").write_text("seed 0: 1 of 4 steps, 30 s left\nseed 0, SGD: 2 of 4 steps, 20 s left\n")
+    one.begin(order[0])
+    now[0] = 500.0
+    assert one.seconds_left() == 500 + sum(bench.EXPECTED.values()) - bench.EXPECTED["train"]
+    assert one.text().startswith("[1 of 4] train, seed 0, SGD: 2 of 4 steps; about")
+
+
+def test_the_folder_of_the_full_results_is_refused(capsys):
+    before = {path: path.stat().st_mtime_ns for path in record.RESULTS.iterdir()}
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["--output", str(record.RESULTS)])
+    assert stopped.value.code == 2
+    assert "make results" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in record.RESULTS.iterdir()} == before
+
+
+def test_a_part_that_fails_ends_no_other_and_the_exit_status_says_so(tmp_path, monkeypatch, capsys):
+    order = [
+        processes.Part("train", "fails", 60, ("-c", "raise SystemExit(3)")),
+        processes.Part("memory", "goes on", 60, ("-c", f"open({str(tmp_path / 'memory.txt')!r}, 'w')")),
+    ]
+    monkeypatch.setattr(bench, "parts", lambda args: order)
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["--output", str(tmp_path)])
+    assert stopped.value.code == 1
+    said = capsys.readouterr()
+    assert "Failed: train" in said.err
+    assert "Nothing is measured" in said.out
+    assert (tmp_path / "memory.txt").exists()
