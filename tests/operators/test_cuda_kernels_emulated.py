@@ -55,7 +55,8 @@ def package(tmp_path_factory):
 
 def run(package, *command, **environment):
     path = os.pathsep.join([str(package), str(Path(__file__).parent)])
-    environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"} | environment
+    few = {"ESAM_TEST_EXAMPLES": "0.25"}
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"} | few | environment
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -5,6 +5,7 @@ tensors; it cuts a cast to bf16 off where a GPU rounds to nearest, which the err
 """
 
 import math
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,9 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 drawn = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-few, many = settings(drawn, max_examples=60), settings(drawn, max_examples=100)
+# Fewer where each takes long, as in the emulator.
+EXAMPLES = float(os.environ.get("ESAM_TEST_EXAMPLES", 1))
+few, many = (settings(drawn, max_examples=round(EXAMPLES * number)) for number in (60, 100))
 
 
 @pytest.fixture(params=[(name, device) for name in ops._MODULES for device in DEVICES], ids="-".join)

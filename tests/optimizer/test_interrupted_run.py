@@ -42,7 +42,7 @@ def test_a_run_killed_again_and_again_ends_as_one_never_killed(tmp_path):
         assert resumed.steps > steps
         steps = resumed.steps
 
-    for _ in range(5):
+    for _ in range(3):
         resumed.step()
     never_killed = training_run.Run()
     while never_killed.steps < resumed.steps:
