@@ -3,9 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-# Of tests: one more than there are cores, since some wait for what they have started.
-WORKERS := $(shell expr $$(nproc) + 1)
-
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 
 .PHONY: bench results test test-newest attack docs wheel wheel-test check format sanitize test-gpu gpu sanitize-gpu clean
@@ -23,14 +20,14 @@ results: $(READY)  # the same in full, into benchmarks/results and the README; 4
 	$(BIN)/python -m benchmarks report
 
 test: $(READY)  # the whole test suite; needs no GPU
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test-newest:  # the whole test suite under the newest torch, of requirements-newest.txt; from the index that is gigabytes
 	$(PYTHON) -m venv build/newest
 	grep -vE '^(torch|triton)==' requirements.txt > build/newest/others.txt
 	build/newest/bin/python -m pip install --quiet -r requirements-newest.txt -r build/newest/others.txt
 	build/newest/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
-	build/newest/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	build/newest/bin/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 # The sdist and the wheel in dist/, built in isolation; on Linux tagged for as old a system as its symbols allow, of which
 # libtorch_cpu.so is none: torch brings it.
