@@ -459,11 +459,21 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def stem_of(args: argparse.Namespace) -> str:
+    """What the files of a task are named: by its data, and by network, base and noise where they are not the usual."""
+    usual = {"base": "sgd", "label_noise": 0.0} | command_line.RECIPES[args.data] | RECIPES.get(args.data, {})
+    parts = ["frontier", args.data]
+    parts += [str(getattr(args, name)) for name in ("model", "base") if getattr(args, name) != usual[name]]
+    if args.label_noise != usual["label_noise"]:
+        parts.append(f"noise{args.label_noise:g}")
+    return "_".join([*parts, args.device])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Make the runs that are still to be made, write the result and print the table."""
     started = perf_counter()
     args = parse_args(argv)
-    stem = f"frontier_{args.data}_{args.device}"
+    stem = stem_of(args)
     here = environment()
     with refusals(make_parser()):
         images = command_line.training_images(args)

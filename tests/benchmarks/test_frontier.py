@@ -644,3 +644,17 @@ def test_a_sweep_goes_on_beyond_training_that_diverges(tmp_path, capsys, monkeyp
         assert row["equal_epochs"]["test_accuracy"] is None
     assert printed.count("diverged") >= 6
     assert "nan" not in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "stem"),
+    [
+        ([], "frontier_digits_cpu"),
+        (["--label-noise", "0.4"], "frontier_digits_noise0.4_cpu"),
+        (["--data", "cifar10"], "frontier_cifar10_cpu"),
+        (["--data", "cifar10", "--model", "vit_s", "--base", "adamw"], "frontier_cifar10_vit_s_adamw_cpu"),
+        (["--data", "cifar10", "--label-noise", "0.2"], "frontier_cifar10_noise0.2_cpu"),
+    ],
+)
+def test_tasks_do_not_overwrite_each_others_results(given, stem):
+    assert frontier.stem_of(frontier.parse_args([*given, "--device", "cpu"])) == stem
