@@ -75,6 +75,7 @@ inline std::vector<Operand> operands(const Tensors& params) {
     STD_TORCH_CHECK(is_dense(param), "params[", i, "] must lie in memory without gaps or overlaps");
     STD_TORCH_CHECK(param.device() == params[0].device(), "params must be on one device");
     result[i].param = param.mutable_data_ptr();
+    result[i].backup = nullptr;
     result[i].size = param.numel();
     result[i].dtype = result[i].grad_dtype = to_dtype(param.scalar_type());
   }
@@ -100,7 +101,9 @@ inline void add_grads(const Tensors& params, const Tensors& grads, std::vector<O
   }
 }
 
+// None at all leave the operands without.
 inline void add_backups(const Tensors& params, const Tensors& backups, std::vector<Operand>& result) {
+  if (backups.empty()) return;
   check_like_params(params, backups, "backups");
   for (size_t i = 0; i < backups.size(); ++i) {
     result[i].backup = backups[i].mutable_data_ptr();

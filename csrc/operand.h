@@ -15,7 +15,7 @@ inline int64_t element_size(DType dtype) {
 struct Operand {
   void* param;
   const void* grad;
-  void* backup;
+  void* backup;  // or null, to save nothing
   int64_t size;
   int64_t offset;  // place of the first element in the whole of which this is a shard
   double coefficient;

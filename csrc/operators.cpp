@@ -7,7 +7,7 @@ STABLE_TORCH_LIBRARY(esam_kernels, m) {
   m.def(
       "squared_norm(Tensor[] params, Tensor[] grads, bool adaptive,"
       " int seed, int step, int threshold, int[] tensor_ids, int[] offsets) -> Tensor");
-  // norm is float32 or float64 and on the weights' device.
+  // No backups save nothing. norm is float32 or float64 and on the weights' device.
   m.def(
       "perturb_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] backups, float[] coefficients, Tensor norm,"
       " bool adaptive, int seed, int step, int threshold, int[] tensor_ids, int[] offsets) -> ()");

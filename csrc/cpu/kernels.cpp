@@ -128,7 +128,9 @@ void perturb(const Operand& operand, int64_t begin, int64_t end, double norm, bo
   alignas(64) C buffer[kBlock], weights[kBlock];
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t count = end - i < kBlock ? end - i : kBlock;
-    if (streaming) {
+    if (backup == nullptr) {
+      if (!moves) return;
+    } else if (streaming) {
       stream(backup + i, param + i, count * sizeof(P));
     } else {
       memcpy(backup + i, param + i, count * sizeof(P));
@@ -188,8 +190,13 @@ void perturb_any(const Operand& operand, int64_t begin, int64_t end, double norm
   });
 }
 
+void stream_any(void* target, const void* source, int64_t bytes) {
+  stream(target, source, bytes);
+  finish_streams();
+}
+
 }  // namespace
 
-const Kernels ESAM_KERNELS = {squared_norm_any, perturb_any};
+const Kernels ESAM_KERNELS = {squared_norm_any, perturb_any, stream_any};
 
 }  // namespace esam::cpu

@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t kChunk = 16384;  // elements; a multiple of kAlignment
 constexpr int64_t kAlignment = 64;
-constexpr int64_t kCacheBytes = 1 << 24;  // backups of more than this would have left the caches before they are read
+constexpr int64_t kCacheBytes = 1 << 24;
 
 // As ATen does it: the widest instruction set that the machine has, or ATEN_CPU_CAPABILITY (default, avx2, avx512).
 const Kernels& choose_kernels() {
@@ -85,10 +85,15 @@ double sum_of_squares(const std::vector<Operand>& table, bool adaptive, const El
   return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
-void perturb(const std::vector<Operand>& table, double norm, bool adaptive, const ElementMask& mask) {
+// Whether a copy of all these would have left the caches before it is read.
+bool exceed_caches(const std::vector<Operand>& table) {
   int64_t bytes = 0;
   for (const Operand& operand : table) bytes += operand.size * element_size(operand.dtype);
-  const bool streaming = bytes > kCacheBytes;
+  return bytes > kCacheBytes;
+}
+
+void perturb(const std::vector<Operand>& table, double norm, bool adaptive, const ElementMask& mask) {
+  const bool streaming = exceed_caches(table);
   Chunks(table).for_each([&](int64_t, size_t i, int64_t begin, int64_t end) {
     kernels().perturb(table[i], begin, end, norm, adaptive, mask, streaming);
   });
@@ -147,11 +152,18 @@ Tensor norm_and_perturb_(const Tensors& params, const Tensors& grads, const Tens
 
 void restore_(const Tensors& params, const Tensors& backups) {
   std::vector<Operand> table = operands(params);
+  STD_TORCH_CHECK(!backups.empty(), "got no backups");
   add_backups(params, backups, table);
+  const bool streaming = exceed_caches(table);
   Chunks(table).for_each([&](int64_t, size_t i, int64_t begin, int64_t end) {
     const int64_t width = element_size(table[i].dtype);
-    std::memcpy(static_cast<char*>(table[i].param) + begin * width,
-                static_cast<const char*>(table[i].backup) + begin * width, (end - begin) * width);
+    void* const target = static_cast<char*>(table[i].param) + begin * width;
+    const void* const source = static_cast<const char*>(table[i].backup) + begin * width;
+    if (streaming) {
+      kernels().stream(target, source, (end - begin) * width);
+    } else {
+      std::memcpy(target, source, (end - begin) * width);
+    }
   });
 }
 

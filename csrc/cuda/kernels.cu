@@ -215,7 +215,7 @@ __device__ void perturb_chunk(const Chunk<C>& chunk, C norm, bool adaptive, cons
   for_each_pack<P>(chunk, [&](auto width, int64_t j) {
     constexpr int N = decltype(width)::value;
     Pack<P, N> w = load<N, P>(row.param, j);
-    store(row.backup, j, w);
+    if (row.backup != nullptr) store(row.backup, j, w);
     if (!moves) return;
     C x[N];
     weighted_gradient<N, 2, P, G>(row, j, w, adaptive, mask, x);

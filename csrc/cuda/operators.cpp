@@ -68,6 +68,7 @@ Tensor norm_and_perturb_(const Tensors& params, const Tensors& grads, const Tens
 
 void restore_(const Tensors& params, const Tensors& backups) {
   std::vector<Operand> table = operands(params);
+  STD_TORCH_CHECK(!backups.empty(), "got no backups");
   add_backups(params, backups, table);
   const Device device(params[0]);
   restore(table, device.stream());

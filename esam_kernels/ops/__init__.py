@@ -2,7 +2,8 @@
 
 `reference.py` defines each operator in plain torch; the other backends are checked against it. A backend is a module
 with all four operators, each over tensors on one device, and with `unsupported(tensor)`, which says why it does not
-take a tensor, or None if it does. The reference takes every tensor.
+take a tensor, or None if it does; of contiguous tensors it looks at device, dtype and layout alone. The reference takes
+every tensor.
 """
 
 import importlib
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from .reference import ElementMask, have_same_layout
 
-__all__ = ["ElementMask", "explain", "perturb_", "restore_", "select_top", "squared_norm", "use_backend"]
+__all__ = ["ElementMask", "back_up_", "explain", "perturb_", "restore_", "select_top", "squared_norm", "use_backend"]
 
 # In order of preference, by device; what none of them takes goes to the reference.
 # On CUDA, Triton before native until the two have been measured against each other.
@@ -31,6 +32,8 @@ _MODULES = {"reference": "reference", "triton": "triton_kernels", "native": "nat
 
 # The package that each backend needs, and its newest version that was tested; `explain` says if there is a newer one.
 _NEWEST_TESTED = {"native": ("torch", (2, 15)), "triton": ("triton", (3, 9))}
+
+_Parts = list[tuple[ModuleType, list[int]]]  # the indices of the tensors that each backend serves, on each device
 
 _backends: dict[str, ModuleType] = {}  # imported when they are first needed: importing Triton takes half a second
 _forced: ContextVar[str | None] = ContextVar("esam_kernels_backend", default=None)
@@ -60,21 +63,14 @@ def squared_norm(
         ValueError: if a list is empty, or lengths, shapes or dtypes do not fit.
     """
     _check_lists(params, mask, grads=grads)
-    parts = [
-        backend.squared_norm(_pick(params, ids), _pick(grads, ids), adaptive, mask and mask.subset(ids))
-        for backend, ids in _partition(params)
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
-    return torch.stack([part.to(params[0].device, dtype, non_blocking=True) for part in parts]).sum()
+    return _squared_norm(_partition(params), params, grads, adaptive, mask)
 
 
 @torch.no_grad()
 def perturb_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    backups: Sequence[Tensor],
+    backups: Sequence[Tensor] | None,
     coefficients: Sequence[float],
     norm: Tensor | None = None,
     adaptive: bool = False,
@@ -95,7 +91,8 @@ def perturb_(
     Args:
         params: weights w, changed in place: any real floating dtype, any shapes and strides, on any devices.
         grads: their gradients g, of the same shapes; dtypes and strides may differ from the weights'.
-        backups: where the weights are saved: same shapes, dtypes and devices.
+        backups: where the weights are saved: same shapes, dtypes and devices. None saves nothing, as when ``back_up_``
+            has done it.
         coefficients: rho / beta for each tensor.
         norm: ‖m * |w|^a * g‖ over everything that is perturbed, 0-dimensional, on any device. If it is None, these
             tensors are everything, and it is the square root of their ``squared_norm``.
@@ -109,21 +106,31 @@ def perturb_(
         ValueError: if a list is empty, lengths, shapes, dtypes or devices do not fit, or a backup is a weight; nothing
             has changed then.
     """
-    _check_lists(params, mask, grads=grads, backups=backups)
+    _check_lists(params, mask, grads=grads, **({} if backups is None else {"backups": backups}))
     if len(coefficients) != len(params):
         raise ValueError(f"got {len(params)} params but {len(coefficients)} coefficients: give one for each tensor")
     if norm is not None and norm.dim() != 0:
         raise ValueError(f"norm has shape {list(norm.shape)}: give the 0-dimensional norm over all tensors")
+    if backups is not None:
+        _check_apart(params, backups)
+    return _perturb(_partition(params, backups), params, grads, backups, coefficients, norm, adaptive, mask)
+
+
+@torch.no_grad()
+def back_up_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
+    """Save the weights, bit for bit: backup <- w.
+
+    Args:
+        params: weights, of any real floating dtype, any shapes and strides, on any devices.
+        backups: where they are saved: same shapes, dtypes and devices.
+
+    Raises:
+        ValueError: if a list is empty, lengths, shapes, dtypes or devices do not fit, or a backup is a weight; nothing
+            has changed then.
+    """
+    _check_lists(params, None, backups=backups)
     _check_apart(params, backups)
-    parts = _partition(params, backups)
-    if norm is None and len(parts) > 1:
-        norm = squared_norm(params, grads, adaptive, mask).sqrt()
-    norms = []
-    for backend, ids in parts:
-        lists = (_pick(tensors, ids) for tensors in (params, grads, backups))
-        scales = [coefficients[i] for i in ids]
-        norms.append(backend.perturb_(*lists, scales, norm, adaptive, mask and mask.subset(ids)))
-    return norms[0]
+    _copy(_partition(params, backups), backups, params)
 
 
 @torch.no_grad()
@@ -132,14 +139,13 @@ def restore_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
 
     Args:
         params: weights, overwritten in place.
-        backups: what ``perturb_`` saved: same shapes, dtypes and devices.
+        backups: what ``back_up_`` or ``perturb_`` saved: same shapes, dtypes and devices.
 
     Raises:
         ValueError: if a list is empty, or lengths, shapes, dtypes or devices do not fit; nothing has changed then.
     """
     _check_lists(params, None, backups=backups)
-    for backend, ids in _partition(params, backups):
-        backend.restore_(_pick(params, ids), _pick(backups, ids))
+    _copy(_partition(params, backups), params, backups)
 
 
 def select_top(before: Tensor, after: Tensor, k: int) -> Tensor:
@@ -168,6 +174,43 @@ def select_top(before: Tensor, after: Tensor, k: int) -> Tensor:
         raise ValueError(f"k = {k} samples of {b} cannot be selected: 1 <= k <= {b} is needed")
     # No torch.no_grad(), which would take a third of the time: indices have no gradient.
     return _backends[_choose(before, _candidates(device))].select_top(before, after, k)
+
+
+class Served:
+    """The operators over weights of which a step makes all lists itself: nothing is checked, and who serves asked once.
+
+    Attributes:
+        params: the weights, one at least.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.params = params
+        self._parts = _partition(params)
+
+    def squared_norm(self, grads: Sequence[Tensor], adaptive: bool, mask: ElementMask | None) -> Tensor:
+        """As the function."""
+        return _squared_norm(self._parts, self.params, grads, adaptive, mask)
+
+    def back_up(self) -> list[Tensor]:
+        """Copies of the weights."""
+        backups = list(map(torch.empty_like, self.params))
+        _copy(self._parts, backups, self.params)
+        return backups
+
+    def perturb_(
+        self,
+        grads: Sequence[Tensor],
+        coefficients: Sequence[float],
+        norm: Tensor | None,
+        adaptive: bool,
+        mask: ElementMask | None,
+    ) -> Tensor:
+        """As the function, and saves nothing."""
+        return _perturb(self._parts, self.params, grads, None, coefficients, norm, adaptive, mask)
+
+    def restore_(self, backups: Sequence[Tensor]) -> None:
+        """As the function."""
+        _copy(self._parts, self.params, backups)
 
 
 @contextmanager
@@ -270,25 +313,75 @@ def _import(name: str) -> ModuleType:
         return nothing
 
 
-def _partition(params: Sequence[Tensor], backups: Sequence[Tensor] | None = None) -> list[tuple[ModuleType, list[int]]]:
+def _partition(params: Sequence[Tensor], backups: Sequence[Tensor] | None = None) -> _Parts:
     """The indices of the tensors that each backend serves on each device.
 
     Only the reference serves a weight whose backup lies in memory in another order.
     """
-    candidates: dict[torch.device, tuple[str, ...]] = {}
+    if all(map(Tensor.is_contiguous, params)) and (backups is None or all(map(Tensor.is_contiguous, backups))):
+        # One answer for all that are alike, of which there are few kinds.
+        kinds = list(zip(*(map(attrgetter(name), params) for name in ("device", "dtype", "layout"))))
+        names = {kind: _choose(param, _candidates(param.device)) for kind, param in dict(zip(kinds, params)).items()}
+        if len(names) == 1:
+            return [(_backends[names[kinds[0]]], list(range(len(params))))]
+        found = [(names[kind], kind[0]) for kind in kinds]
+    else:
+        found = [
+            (
+                _choose(param, _candidates(param.device))
+                if backups is None or have_same_layout(param, backups[i])
+                else "reference",
+                param.device,
+            )
+            for i, param in enumerate(params)
+        ]
     indices: dict[tuple[str, torch.device], list[int]] = {}
-    for i, param in enumerate(params):
-        device = param.device
-        if device not in candidates:
-            candidates[device] = _candidates(device)
-        same = backups is None or have_same_layout(param, backups[i])
-        name = _choose(param, candidates[device]) if same else "reference"
-        indices.setdefault((name, device), []).append(i)
+    for i, one in enumerate(found):
+        indices.setdefault(one, []).append(i)
     return [(_backends[name], ids) for (name, _), ids in indices.items()]
 
 
-def _pick(tensors: Sequence[Tensor], ids: Sequence[int]) -> list[Tensor]:
-    return [tensors[i] for i in ids]
+def _squared_norm(
+    parts: _Parts, params: Sequence[Tensor], grads: Sequence[Tensor], adaptive: bool, mask: ElementMask | None
+) -> Tensor:
+    squares = [
+        backend.squared_norm(_pick(params, ids), _pick(grads, ids), adaptive, mask and mask.subset(ids))
+        for backend, ids in parts
+    ]
+    if len(squares) == 1:
+        return squares[0]
+    dtype = torch.float64 if any(square.dtype == torch.float64 for square in squares) else torch.float32
+    return torch.stack([square.to(params[0].device, dtype, non_blocking=True) for square in squares]).sum()
+
+
+def _perturb(
+    parts: _Parts,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    backups: Sequence[Tensor] | None,
+    coefficients: Sequence[float],
+    norm: Tensor | None,
+    adaptive: bool,
+    mask: ElementMask | None,
+) -> Tensor:
+    if norm is None and len(parts) > 1:
+        norm = _squared_norm(parts, params, grads, adaptive, mask).sqrt()
+    norms = []
+    for backend, ids in parts:
+        saved = None if backups is None else _pick(backups, ids)
+        scales = [coefficients[i] for i in ids]
+        lists = (_pick(params, ids), _pick(grads, ids), saved, scales)
+        norms.append(backend.perturb_(*lists, norm, adaptive, mask and mask.subset(ids)))
+    return norms[0]
+
+
+def _copy(parts: _Parts, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for backend, ids in parts:
+        backend.restore_(_pick(targets, ids), _pick(sources, ids))
+
+
+def _pick(tensors: Sequence[Tensor], ids: Sequence[int]) -> Sequence[Tensor]:
+    return tensors if len(ids) == len(tensors) else [tensors[i] for i in ids]
 
 
 def _check_lists(params: Sequence[Tensor], mask: ElementMask | None, **others: Sequence[Tensor]) -> None:

@@ -99,15 +99,16 @@ def squared_norm(
 def perturb_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    backups: Sequence[Tensor],
+    backups: Sequence[Tensor] | None,
     coefficients: Sequence[float],
     norm: Tensor | None = None,
     adaptive: bool = False,
     mask: ElementMask | None = None,
 ) -> Tensor:
     """backup <- w, then w <- w + e with e = coefficient / (norm + eps) * m * w^2a * g; e = 0 if norm is not finite."""
-    lists, bits = (params, as_params_lie(params, grads, _reads), backups, coefficients), _mask_arguments(mask)
-    changed = [*params, *backups]
+    saved = [] if backups is None else backups
+    lists, bits = (params, as_params_lie(params, grads, _reads), saved, coefficients), _mask_arguments(mask)
+    changed = [*params, *saved]
     # One line, and no Python between the two calls: a backup's version tells whether the operator has run.
     if norm is None:
         norm = _ops.norm_and_perturb_(*lists, adaptive, *bits); _increment_version(changed)  # fmt: skip # noqa: E702

@@ -7,6 +7,7 @@ Arithmetic runs in the compute type of the parameter: float64 for float64, float
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -98,10 +99,14 @@ def as_params_lie(
     ``reads(param, tensor)`` says whether kernels over the param read the tensor's dtype; they read the param's own and
     its compute type.
     """
+    if (  # nearly always, and quick to see
+        list(map(attrgetter("dtype"), params)) == list(map(attrgetter("dtype"), tensors))
+        and list(map(Tensor.stride, params)) == list(map(Tensor.stride, tensors))
+    ):
+        return list(tensors)
     return [
         tensor
-        if (tensor.dtype == param.dtype and tensor.stride() == param.stride())  # nearly always, and quick to see
-        or (have_same_layout(param, tensor) and reads(param, tensor))
+        if (have_same_layout(param, tensor) and reads(param, tensor))
         else torch.empty_like(param, dtype=tensor.dtype if reads(param, tensor) else compute_dtype(param)).copy_(tensor)
         for param, tensor in zip(params, tensors)
     ]
@@ -190,7 +195,7 @@ def squared_norm(
 def perturb_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    backups: Sequence[Tensor],
+    backups: Sequence[Tensor] | None,
     coefficients: Sequence[float],
     norm: Tensor | None = None,
     adaptive: bool = False,
@@ -198,8 +203,9 @@ def perturb_(
 ) -> Tensor:
     """backup <- w, then w <- w + e with e = coefficient / (norm + eps) * m * w^2a * g; e = 0 if norm is not finite."""
     norm = squared_norm(params, grads, adaptive, mask).sqrt() if norm is None else norm
-    for i, (param, grad, backup, coefficient) in enumerate(zip(params, grads, backups, coefficients)):
-        backup.copy_(param)
+    for i, (param, grad, coefficient) in enumerate(zip(params, grads, coefficients)):
+        if backups is not None:
+            backups[i].copy_(param)
         dtype = compute_dtype(param)
         total = norm.to(param.device, dtype)
         # 0-dimensional: it stays on the device. (A number divided by a tensor is rounded twice, its own tensor once.)

@@ -179,14 +179,16 @@ def _perturb_block(
     inside,
     PARAM: tl.constexpr,
     COMPUTE: tl.constexpr,
+    SAVED: tl.constexpr,
     ADAPTIVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """backup <- w, then w <- w + scale * m * w^2a * g if the norm is finite."""
+    """backup <- w if it is to be SAVED, then w <- w + scale * m * w^2a * g if the norm is finite."""
     lane = tl.arange(0, BLOCK)
     saved = tl.load(param + lane, mask=inside)
     x = tl.load(grad + lane, mask=inside).to(COMPUTE)
-    tl.store(backup + lane, saved, mask=inside)
+    if SAVED:
+        tl.store(backup + lane, saved, mask=inside)
     w = saved.to(COMPUTE)
     if ADAPTIVE:
         x = w * w * x
@@ -204,6 +206,7 @@ def _perturb_kernel(
     norm,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
+    SAVED: tl.constexpr,
     ADAPTIVE: tl.constexpr,
     MASKED: tl.constexpr,
     ROUNDED: tl.constexpr,
@@ -228,10 +231,10 @@ def _perturb_kernel(
     grad = grad.to(tl.pointer_type(GRAD))
     if aligned & (first >= 0) & (first + BLOCK <= count):
         param, grad, backup = tl.multiple_of(param, 16), tl.multiple_of(grad, 16), tl.multiple_of(backup, 16)
-        _perturb_block(param, grad, backup, scale, finite, keep, words, None, PARAM, COMPUTE, ADAPTIVE, BLOCK)
+        _perturb_block(param, grad, backup, scale, finite, keep, words, None, PARAM, COMPUTE, SAVED, ADAPTIVE, BLOCK)
     else:
         inside = _inside(first, count, BLOCK)
-        _perturb_block(param, grad, backup, scale, finite, keep, words, inside, PARAM, COMPUTE, ADAPTIVE, BLOCK)
+        _perturb_block(param, grad, backup, scale, finite, keep, words, inside, PARAM, COMPUTE, SAVED, ADAPTIVE, BLOCK)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -358,7 +361,7 @@ def squared_norm(
 def perturb_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    backups: Sequence[Tensor],
+    backups: Sequence[Tensor] | None,
     coefficients: Sequence[float],
     norm: Tensor | None = None,
     adaptive: bool = False,
@@ -378,6 +381,7 @@ def perturb_(
             total,
             PARAM=_DTYPES[param],
             GRAD=_DTYPES[grad],
+            SAVED=backups is not None,
             ADAPTIVE=adaptive,
             MASKED=mask is not None and mask.beta < 1,
             ROUNDED=mask is not None and param.itemsize < 4,
@@ -385,7 +389,7 @@ def perturb_(
             num_warps=_WARPS,
             enable_fp_fusion=False,
         )
-        launches.append((launch, [tensors[i] for tensors in (params, backups) for i in ids]))
+        launches.append((launch, [tensors[i] for tensors in (params, backups or ()) for i in ids if tensors]))
     with torch.cuda.device_of(total):
         for launch, changed in launches:
             # One line: an exception between two would leave changed weights whose backups seem not to be written.
@@ -470,8 +474,8 @@ def _table(
     words.extend(none if mask is None else [mask.tensor_ids[i] for i in ids])
     words.extend([params[i].data_ptr() for i in ids])
     words.extend([sources[i].data_ptr() for i in ids])
-    if backups is not None and coefficients is not None:
-        words.extend([backups[i].data_ptr() for i in ids])
+    if coefficients is not None:
+        words.extend(none if backups is None else [backups[i].data_ptr() for i in ids])
         words.frombytes(array("d", [coefficients[i] for i in ids]).tobytes())
     table = torch.frombuffer(words, dtype=torch.int64)
     if not _INTERPRETED:

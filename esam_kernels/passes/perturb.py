@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..model_state import copy_all
 from ..schedule import coefficient
 from ..sharding import is_sharded, local_shard, shard_offset, sum_over_shards
 from ..step import Step, Weight
@@ -29,25 +28,25 @@ class Perturbation:
 
     def __init__(self) -> None:
         self.weights = 0
-        self._saved: list[tuple[Sequence[Tensor], list[Tensor]]] = []
+        self._saved: list[tuple[ops.Served, list[Tensor]]] = []
 
-    def back_up(self, params: Sequence[Tensor]) -> list[Tensor]:
+    def back_up(self, served: ops.Served) -> None:
         """Save weights that are about to be moved.
 
         They are recorded when they have been saved and before they move, so that an exception at any instant finds
         either weights that have not moved or a record of whole backups. A record that the moving operator left would
         be made by a call after it, which an exception can come before.
         """
-        backups = copy_all(params)
-        self._saved.append((params, backups))
-        return backups
+        self._saved.append((served, served.back_up()))
 
+    @torch.no_grad()
     def restore(self) -> None:
         """Put every weight back, bit for bit. Doing it again changes nothing."""
-        for params, backups in self._saved:
-            ops.restore_(params, backups)
+        for served, backups in self._saved:
+            served.restore_(backups)
 
 
+@torch.no_grad()
 def perturb(step: Step, ascent: Ascent) -> Perturbation:
     """Move the drawn weights along their gradients, which are given up; each rank moves its own shards.
 
@@ -61,21 +60,22 @@ def perturb(step: Step, ascent: Ascent) -> Perturbation:
             (w, g) for w, g in zip(ascent.weights, ascent.grads) if g is not None and w.settings.adaptive is adaptive
         ]
         if kind:
-            weights = [weight for weight, _ in kind]
-            params = [local_shard(weight.param) for weight in weights]
-            grads = [local_shard(grad) for _, grad in kind]
+            weights, grads = [weight for weight, _ in kind], [grad for _, grad in kind]
+            params = [weight.param for weight in weights]
+            if step.model_state.shards:
+                params, grads = list(map(local_shard, params)), list(map(local_shard, grads))
             coefficients = [coefficient(step.settings, weight.settings) for weight in weights]
-            lists.append((params, grads, coefficients, adaptive, element_mask(step, weights)))
+            lists.append((ops.Served(params), grads, coefficients, adaptive, element_mask(step, weights)))
     if len(lists) == 1 and not is_sharded(ascent.weights[0].param):
         norm = None  # these are all, so that the operator computes it
     else:
-        squares = [ops.squared_norm(params, grads, adaptive, mask) for params, grads, _, adaptive, mask in lists]
+        squares = [served.squared_norm(grads, adaptive, mask) for served, grads, _, adaptive, mask in lists]
         nothing = [torch.zeros((), device=weight.param.device) for weight in step.weights[:1]]
         square = torch.stack([square.to(squares[0]) for square in squares] or nothing).sum()
         norm = perturbation.norm = sum_over_shards(square, [weight.param for weight in ascent.weights]).sqrt()
-    for params, grads, coefficients, adaptive, mask in lists:
-        backups = perturbation.back_up(params)
-        perturbation.norm = ops.perturb_(params, grads, backups, coefficients, norm, adaptive, mask)
+    for served, grads, coefficients, adaptive, mask in lists:
+        perturbation.back_up(served)
+        perturbation.norm = served.perturb_(grads, coefficients, norm, adaptive, mask)
     count = sum(weight.param.numel() for weight, grad in zip(ascent.weights, ascent.grads) if grad is not None)
     perturbation.weights = round(count * step.settings.beta) if step.settings.granularity == "element" else count
     ascent.grads.clear()

@@ -31,8 +31,10 @@ def specimens():
         dtypes, wide = {"PARAM": dtype, "GRAD": dtype}, accesses(BLOCK, size)
         for adaptive, masked, rounded in [(False, False, False), (True, True, False), (True, True, True)]:
             if size == 2 or not rounded:
-                switches = {"ADAPTIVE": adaptive, "MASKED": masked, "ROUNDED": rounded, "BLOCK": BLOCK}
-                yield "_perturb_kernel", TABLE | {"norm": "*fp32"}, dtypes | switches, WARPS, 2 * wide, 2 * wide
+                for saved in (False, True):
+                    switches = {"ADAPTIVE": adaptive, "MASKED": masked, "ROUNDED": rounded, "SAVED": saved}
+                    constants, stores = dtypes | switches | {"BLOCK": BLOCK}, (1 + saved) * wide
+                    yield "_perturb_kernel", TABLE | {"norm": "*fp32"}, constants, WARPS, 2 * wide, stores
         for adaptive, masked in [(False, False), (True, True)]:
             types = TABLE | {"partials": "*fp64", "partials_before": "i32", "out": "*fp32"}
             switches = {"ADAPTIVE": adaptive, "MASKED": masked, "BLOCK": NORM_BLOCK}

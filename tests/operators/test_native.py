@@ -179,6 +179,12 @@ def test_lists_larger_than_the_caches(dtype):
     for param, backup, original in zip(params, backups, originals, strict=True):
         assert torch.equal(backup, original)
         assert torch.equal(param, 2 * original)
+    native.restore_(params, backups)
+    for param, original in zip(params, originals, strict=True):
+        assert torch.equal(param, original)
+    native.perturb_(params, originals, None, [1 + 1e-12] * 3, torch.tensor(1.0))
+    for param, original in zip(params, originals, strict=True):
+        assert torch.equal(param, 2 * original)
 
 
 @built

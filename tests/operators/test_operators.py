@@ -213,6 +213,35 @@ def test_perturb_computes_the_norm_that_it_is_not_given(device, kinds, seed, ada
 
 
 @few
+@given(lists_of_kinds, seeds, st.booleans(), st.sampled_from([None, 0.6]), st.booleans())
+def test_weights_backed_up_before_move_as_those_that_perturb_saves(device, kinds, seed, adaptive, beta, given_norm):
+    (params, grads), (others, _) = make(kinds, seed, device), make(kinds, seed, device)
+    mask = make_mask(kinds, seed, beta)
+    coefficients = [0.05 * (i + 1) for i in range(len(kinds))]
+    norm = ops.squared_norm(params, grads, adaptive, mask).sqrt() if given_norm else None
+    # Of the weights' own layouts: others lead to another backend, whose norm may differ in its last bit.
+    saved, backups = list(map(torch.empty_like, params)), list(map(torch.empty_like, others))
+    expected_norm = ops.perturb_(params, grads, saved, coefficients, norm, adaptive, mask)
+
+    versions = [backup._version for backup in backups]
+    ops.back_up_(others, backups)
+    assert all(backup._version > version for backup, version in zip(backups, versions))
+    found_norm = ops.perturb_(others, grads, None, coefficients, norm, adaptive, mask)
+    assert torch.equal(bits(found_norm), bits(expected_norm))
+    for a, b in zip([*params, *saved], [*others, *backups]):
+        assert torch.equal(bits(a), bits(b))
+
+    served = ops.Served(others)
+    moved, copies = [bits(other) for other in others], served.back_up()
+    served.restore_(backups)
+    assert all(torch.equal(bits(other), bits(backup)) for other, backup in zip(others, saved))
+    assert torch.equal(bits(served.perturb_(grads, coefficients, norm, adaptive, mask)), bits(expected_norm))
+    for other, copy, before in zip(others, copies, moved):
+        assert torch.equal(bits(other), before)
+        assert torch.equal(bits(copy), before)
+
+
+@few
 @given(lists_of_kinds, seeds, st.sampled_from([0.0, 0.3, 0.6, 1 - 2.0**-33]))
 def test_the_elements_that_move_are_those_of_the_mask(device, kinds, seed, beta):
     params, _ = make(kinds, seed, device)
@@ -462,6 +491,7 @@ def test_blocks_beyond_2_31_elements_find_their_addresses_and_words(device):
         torch.ones((), device=device),
         PARAM=triton_kernels._DTYPES[param.dtype],
         GRAD=triton_kernels._DTYPES[grad_tail.dtype],
+        SAVED=True,
         ADAPTIVE=False,
         MASKED=True,
         ROUNDED=True,
@@ -508,6 +538,9 @@ ONE = torch.tensor(1.0)
         (lambda: ops.squared_norm([W], [W], mask=ElementMask(0, 0, [1], beta=1.5)), r"beta 1\.5.*\[0, 1\]"),
         (lambda: ops.squared_norm([W], [W], mask=ElementMask(-1, 0, [1])), r"seed -1.*\[0, 2\*\*64\)"),
         (lambda: ops.restore_([W], [V]), r"backups\[0\] has shape"),
+        (lambda: ops.back_up_([W], [V]), r"backups\[0\] has shape"),
+        (lambda: ops.back_up_([W], [W.detach()]), r"a backup shares its memory.*torch\.empty_like\(param\)"),
+        (lambda: ops.back_up_([], []), "got no params: give at least one"),
         (lambda: ops.select_top(W, W, 1), r"losses have shapes \[2, 3\] and \[2, 3\]: give two of shape \[b\]"),
         (lambda: ops.select_top(W[0], W[0].to("meta"), 1), "losses are on cpu and meta: give two on one device"),
         (lambda: ops.select_top(W[0], W[0], 0), "k = 0 samples of 3 cannot be selected: 1 <= k <= 3 is needed"),
