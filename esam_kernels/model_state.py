@@ -6,7 +6,8 @@ import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from operator import is_not
+from itertools import chain
+from operator import attrgetter, eq, is_not
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -121,6 +122,7 @@ class Buffers:
                 if buffer is not None and _is_inference(buffer):
                     entries[name] = buffer.clone()  # which can be written
         self._found = self._all()
+        self._put_entries_back = keep_entries(self._entries)
         self._lazy = [buffer for buffer in self._found if buffer is not None and is_lazy(buffer)]
         buffers = [buffer for buffer in self._found if buffer is not None and not is_lazy(buffer)]
         # Nothing can write into a buffer whose elements share memory (an expanded constant): it needs no copy.
@@ -131,14 +133,16 @@ class Buffers:
         self._used = 0
 
     def _all(self) -> list[Tensor | None]:
-        return [buffer for entries in self._entries for buffer in entries.values()]
+        return list(chain.from_iterable(map(dict.values, self._entries)))
+
+    def _are_these(self) -> bool:
+        found = self._all()
+        return len(found) == len(self._found) and not any(map(is_not, found, self._found))
 
     def current(self) -> bool:
         """Whether the modules still have these buffers, of these shapes."""
-        found = self._all()
         return (
-            len(found) == len(self._found)
-            and not any(map(is_not, found, self._found))
+            self._are_these()
             and [[buffer.shape for buffer in group] for group in self._plain] == self._shapes
             and all(map(is_lazy, self._lazy))
         )
@@ -154,14 +158,14 @@ class Buffers:
             self._copies.append([[torch.empty_like(buffer) for buffer in group] for group in self._plain])
         values = self._copies[self._used]
         self._used += 1
-        rebind = keep_entries(self._entries)
         for group, copies in zip(self._plain, values):
             torch._foreach_copy_(copies, group)
         special = [(buffer, buffer.clone()) for buffer in self._special]
 
         @torch.no_grad()
         def put_back() -> None:
-            rebind()
+            if not self._are_these():
+                self._put_entries_back()
             for group, copies, shapes in zip(self._plain, values, self._shapes):
                 for buffer, shape in zip(group, shapes):
                     if buffer.shape != shape:  # as observers do
@@ -218,7 +222,7 @@ class ModelState:
         modules = {id(module): module for model in models for module in model.modules()}
         self._modules = list(modules.values())
         self._models = models
-        self._children = [(module, tuple(module._modules.values())) for module in self._modules]
+        self._children = [dict(module._modules) for module in self._modules]
         self._buffers = Buffers(self._modules)
         self._replicas = [module for module in self._modules if isinstance(module, DistributedDataParallel)]
         self.shards = ShardedModules(self._modules, params)
@@ -236,7 +240,7 @@ class ModelState:
             and len(params) == len(self.params)
             and not any(map(is_not, models, self._models))
             and not any(map(is_not, params, self.params))
-            and all(tuple(module._modules.values()) == children for module, children in self._children)
+            and all(map(eq, map(attrgetter("_modules"), self._modules), self._children))
             and self._devices == _accelerators(params)
         )
 

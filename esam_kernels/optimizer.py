@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from . import options, sharpness
 from .base import check_ascent, check_params, check_storage, keep_contents, make_base, of_base, params_of, storage_of
 from .bases import each_of
-from .closure import Closure, modules_behind
+from .closure import BatchClosure, Closure, modules_behind
 from .eager import eager
 from .last_step import LastStep
 from .model_state import Findings, FoundModels, ModelState
@@ -592,7 +592,7 @@ def _check_closures(closure: Closure | Sequence[Closure]) -> list[Closure]:
     for candidate in closures:
         if not callable(candidate):
             raise TypeError(f"closure is {candidate!r}: give a function closure(index), such as batch_closure makes")
-        if _takes_no_index(candidate):
+        if not isinstance(candidate, BatchClosure) and _takes_no_index(candidate):
             raise TypeError(
                 "the closure takes no index: define closure(index) to return one loss for each of the batch's rows in "
                 "index (None: all of them), or use batch_closure; one that runs backward() itself is for step(closure)"
