@@ -15,7 +15,10 @@ from ..record import write as write_whole
 from . import page, plots, tables
 
 # The README's rows of the frontier, of which it shows those that were measured.
-HEADLINES = ("sgd", "sgd-short", "momentum", "previous", "sam-tail0.2", "sam", "esam", "esam-bf16", "esam-random")
+HEADLINES = (
+    "sgd", "sgd-short", "nesterov", "momentum", "previous", "share-quarter", "sam-tail0.2", "sam-tail0.5", "sam",
+    "esam-random", "esam",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -195,14 +198,15 @@ def sections(results: Results, folder: str) -> dict[str, str]:
     """
     swept = {stem: result for stem, result in results.items() if result["benchmark"] == "frontier"}
     costs = tables.costs(list(results.values()))
-    headlines, frontiers = [], []
+    headline, about = tables.headline(list(swept.values()), list(results.values()), HEADLINES).split("\n\n")
+    first = [_image(HEADLINE, result, f"{folder}/{stem}_headline.svg") for stem, result in swept.items()][:1]
+    headlines = [_escape(headline), *map(_filled, first), _escape(_filled(about))]
+    frontiers = []
     for stem, result in swept.items():
-        image = _image(HEADLINE, result, f"{folder}/{stem}_headline.svg")
-        headline, about = tables.headline(result, HEADLINES).split("\n\n")
-        headlines += [_escape(headline), _filled(image), _escape(_filled(f"{about} {costs}"))]
-        table, about, *_ = tables.frontier(result).split("\n\n")
+        table, *about_it = tables.frontier(result).split("\n\n")
         image = _image(KINDS["frontier"].figures[""], result, f"{folder}/{stem}.svg")
-        frontiers += [_escape(tables.narrow(table)), _escape(about), image]
+        (sentences,) = [text for text in about_it if text.startswith(result["data"])]
+        frontiers += [f"### {tables.task(result)}", _escape(tables.narrow(table)), _escape(sentences), image]
     return {
         "options": options_table(),
         "options:names": option_names(),

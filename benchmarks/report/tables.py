@@ -50,36 +50,67 @@ def summary(results: Iterable[dict[str, Any]]) -> str:
 
 def costs(results: Sequence[dict[str, Any]]) -> str:
     """A sentence on what steps cost more than SGD's: the least and the most over all results of whole methods."""
-    measured: dict[str, list[float]] = {}
-    for result in results:
-        for name, method in result.get("methods", {}).items():
-            if method.get("time_over_sgd"):
-                measured.setdefault(name, []).append(100 * (method["time_over_sgd"]["median"] - 1))
+    measured = _costs_over_sgd(results)
     parts = [
-        f"{what} {min(found):+.0f} to {max(found):+.0f} %"
+        f"{what} {found[0]:+.0f} to {found[-1]:+.0f} %"
         for name, what in (("sam", "SAM"), ("esam", "ESAM"), ("esam-bf16", "ESAM with bf16 steering"))
         if (found := measured.get(name))
     ]
     return f"Time of a single step over SGD's, where it was measured by itself: {', '.join(parts)}."
 
 
-def headline(result: dict[str, Any], names: Sequence[str]) -> str:
-    """The table of a few configurations of a sweep that a reader sees first, and a line on it."""
-    settings, configurations = result["settings"], result["configurations"]
-    epochs = settings["epochs"]
-    columns = ["method", "time over SGD's", f"accuracy after {epochs} epochs, %", "accuracy in SGD's time, %"]
-    rows = [
-        [
-            one["label"],
-            f"{100 * (one['training_time_over_sgd'] - 1):+.0f} %",
-            _panel_accuracy(one["equal_epochs"]),
-            _panel_accuracy(one["equal_time"] if one["equal_epochs"]["epochs"] == epochs else None),
-        ]
-        for name in names
-        if (one := configurations.get(name))
+def headline(sweeps: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    """The table of a few methods that a reader sees first, and a line on it.
+
+    Args:
+        sweeps: of ``frontier``; each has a column, of accuracy at equal epochs.
+        results: of any benchmark, of which those that time steps say what a method costs.
+        names: the methods, of which those are shown that a sweep has.
+    """
+    columns = ["method", "time over SGD's", *(f"{task(one)}, %" for one in sweeps)]
+    rows = []
+    for name in names:
+        found = [sweep["configurations"].get(name) for sweep in sweeps]
+        if any(found):
+            accuracies = [_panel_accuracy(one["equal_epochs"]) if one else "" for one in found]
+            rows.append([METHODS[name].label, _share_of_time(name, results), *accuracies])
+    about = [
+        f"{task(sweep)}: {sweep['data']}, {sweep['settings']['model']}"
+        + (f" of width {sweep['settings']['width']}" if sweep["settings"]["width"] else "")
+        + f", {sweep['settings']['epochs']} epochs, {_seeds(_most_seeds(sweep, 'equal_epochs'))}; {machine(sweep)}"
+        for sweep in sweeps
     ]
-    about = f"{result['data']}; rho {settings['rho']}; {_seeds(settings['seeds'])}. {machine(result)}"
-    return "\n\n".join([table(columns, rows), about])
+    timed = "Time is that of a step, the least and the most of all networks and batch sizes that were timed."
+    if any(sweep["settings"].get("choose") for sweep in sweeps):
+        timed += " Each method's radius, or rate where it has none, was chosen on other images from other seeds."
+    return "\n\n".join([table(columns, rows), " ".join([timed, *about])])
+
+
+def task(sweep: dict[str, Any]) -> str:
+    """What a sweep is trained on, in few words."""
+    settings = sweep["settings"]
+    parts = [{"cifar10": "CIFAR-10", "digits": "digits"}.get(settings["data"], settings["data"])]
+    parts += [settings["model"]] if settings["model"] == "vit_s" else []
+    parts += [settings["base"]] if settings.get("base", "sgd") != "sgd" else []
+    return ", ".join(parts) + (f" ({100 * settings['label_noise']:.0f} % wrong)" if settings["label_noise"] else "")
+
+
+def _share_of_time(name: str, results: Sequence[dict[str, Any]]) -> str:
+    """The cell on what a method costs; empty where it was not timed."""
+    if METHODS[name].share_of_epochs < 1:
+        return f"{100 * (METHODS[name].share_of_epochs - 1):+.0f} %"
+    found = [f"{cost:+.0f}" for cost in _costs_over_sgd(results).get(name, [])]
+    return "" if not found else f"{' to '.join(dict.fromkeys((found[0], found[-1])))} %"
+
+
+def _costs_over_sgd(results: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """What steps of each method cost more than SGD's in percent, ascending, over all results of whole methods."""
+    measured: dict[str, list[float]] = {}
+    for result in results:
+        for name, method in result.get("methods", {}).items():
+            if method.get("time_over_sgd"):
+                measured.setdefault(name, []).append(100 * (method["time_over_sgd"]["median"] - 1))
+    return {name: sorted(found) for name, found in measured.items()}
 
 
 def _gain(result: dict[str, Any], name: str, other: str) -> str:
@@ -184,9 +215,7 @@ def _about_sweep(result: dict[str, Any], finished: bool) -> str:
     """What a reader must know of a sweep to judge its tables."""
     settings, configurations, runs = result["settings"], result["configurations"], result["runs"]
     amp = f", {settings['amp']} autocast" if settings["amp"] else ""
-    by_epochs, by_time = (
-        max(one[panel]["seeds"] if one[panel] else 0 for one in configurations.values()) for panel in PANELS
-    )
+    by_epochs, by_time = (_most_seeds(result, panel) for panel in PANELS)
     sentences = [
         f"{result['data']}, {settings['model']}, batch {settings['batch_size']}{amp}, rho {settings['rho']}, beta "
         f"{settings['beta']}, gamma {settings['gamma']} unless the row says otherwise; the learning rate anneals over "
@@ -229,6 +258,10 @@ def _about_sweep(result: dict[str, Any], finished: bool) -> str:
     if any(one[panel] and one[panel].get("diverged_seeds") for one in configurations.values() for panel in PANELS):
         sentences.append("Seeds that diverged have no part in the means, nor their configuration in the front.")
     return " ".join([*sentences, machine(result)])
+
+
+def _most_seeds(sweep: dict[str, Any], panel: str) -> int:
+    return max(_seeds_of(one[panel]) for one in sweep["configurations"].values())
 
 
 def _seeds_of(panel: dict[str, Any] | None) -> int:
