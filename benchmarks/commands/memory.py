@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -108,15 +107,16 @@ def measure(case: Case, name: str, settings: Settings, device: torch.device) -> 
 
 @contextmanager
 def backups() -> Iterator[list[int]]:
-    """The bytes of the backups that each perturbation inside the block fills."""
+    """The bytes of the backups that each perturbation inside the block makes."""
     sizes: list[int] = []
-    perturb = ops.perturb_
+    back_up = ops.Served.back_up
 
-    def counted(params: Sequence[Tensor], grads: Sequence[Tensor], copies: Sequence[Tensor], *rest: Any) -> None:
+    def counted(served: ops.Served) -> list[Tensor]:
+        copies = back_up(served)
         sizes.append(sum(copy.nbytes for copy in copies))
-        perturb(params, grads, copies, *rest)
+        return copies
 
-    with patch.object(ops, "perturb_", counted):
+    with patch.object(ops.Served, "back_up", counted):
         yield sizes
 
 

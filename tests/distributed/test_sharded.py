@@ -414,10 +414,21 @@ def overflow(rank, passes):
 def held(rank):
     """The sizes of what one rank keeps between the perturbation and its end."""
     model = shard(network())
-    with mock.patch.object(ops, "perturb_", wraps=ops.perturb_) as perturb:
+    kept = []
+    back_up, perturb = ops.Served.back_up, ops.Served.perturb_
+
+    def watched(served):
+        backups = back_up(served)
+        kept.append([backup.numel() for backup in backups])
+        return backups
+
+    def moved(served, gradients, *rest):
+        kept.append([gradient.numel() for gradient in gradients])
+        return perturb(served, gradients, *rest)
+
+    with mock.patch.object(ops.Served, "back_up", watched), mock.patch.object(ops.Served, "perturb_", moved):
         optimizer_of(model, beta=1.0).backward(closures_of(model, rank, EVEN[0], 0))
-    _, gradients, backups, *_ = perturb.call_args.args
-    kept = [[tensor.numel() for tensor in tensors] for tensors in (backups, gradients, shards(model))]
+    kept.append([tensor.numel() for tensor in shards(model)])
     return *kept, sum(param.numel() for param in model.parameters())
 
 
