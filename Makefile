@@ -15,6 +15,7 @@ results: $(READY)  # the same in full, into benchmarks/results and the README; 4
 	$(BIN)/python -m benchmarks step_cost --time-budget 900 --restart
 	$(BIN)/python -m benchmarks frontier --restart
 	$(BIN)/python -m benchmarks memory --restart
+	$(BIN)/python -m benchmarks host_time --restart
 	$(BIN)/python -m benchmarks rounding --restart
 	$(BIN)/python -m benchmarks operators --models ResNet-18 ViT-B/16 --repeats 5 --restart
 	$(BIN)/python -m benchmarks report

@@ -13,6 +13,7 @@ COMMANDS = {
     "frontier": "accuracy against cost over ESAM's options",
     "operators": "the operators by themselves, beside foreach and torch.compile",
     "memory": "peak memory for each option of ESAM",
+    "host_time": "the host's part of a step, and the operators that it calls",
     "rounding": "what stochastic rounding of the perturbation does to weights in bf16",
     "gpu": "all that a GPU is needed for, within ten minutes, and what is left in the next",
     "unpack": "a pack of JPEG files as arrays, for machines without pillow",

@@ -111,6 +111,9 @@ def parts(args: argparse.Namespace) -> Iterator[Part]:
         stem = f"frontier_{'cifar10' if args.data_file else 'random'}_{device}"
         yield Part("accuracy", "accuracy against cost", 600, command, (stem,))
 
+    few = ("--models", "ResNet-18", "--rounds", "1") if dry else ()
+    yield Part("host_time", "the host's part of a step", 60, benchmark("host_time", *few), (f"host_time_{device}",))
+
     yield Part(
         "memory", "peak memory", 90, benchmark("memory", *(("--models", "tiny") if dry else ())), (f"memory_{device}",)
     )
@@ -142,7 +145,7 @@ def page(output: Path, order: Sequence[Part]) -> str:
         missing = {key: why for key, why in json.loads(record_of_build.read_text()).items() if key in ("cpu", "cuda")}
         blocks += [f"No native operators for {device}: {why}" for device, why in missing.items()]
     results = record.load(output / RESULTS)
-    for benchmark in ("step_cost", "operators", "frontier", "memory"):
+    for benchmark in ("step_cost", "operators", "frontier", "host_time", "memory"):
         for result in results.values():
             if result.get("benchmark") == benchmark:
                 blocks += [f"## {tables.subject(result)}", getattr(tables, benchmark)(result)]

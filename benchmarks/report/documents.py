@@ -98,6 +98,12 @@ KINDS = {
         "activations count most, for wide linear layers weights do.",
         tables.memory,
     ),
+    "host_time": Kind(
+        "Host time",
+        "What the host does in a step beside the passes and the base optimizer's step: on a GPU it is hidden where the "
+        "passes take longer than their launches, and adds to a step where they do not.",
+        tables.host_time,
+    ),
     "rounding": Kind(
         "Weights in bf16",
         "A perturbation is smaller than what bf16 tells from zero beside a weight: rounded to nearest, part of it is "

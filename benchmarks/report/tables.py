@@ -439,6 +439,40 @@ def memory(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, *left_out(result), caption])
 
 
+def host_time(result: dict[str, Any]) -> str:
+    """The tables of the host's part of a step: what each method adds, in time and in calls, and ESAM's parts."""
+    cases = result["cases"]
+    labels = {name: row["label"] for case in cases.values() for name, row in case["rows"].items()}
+    added, calls = [], []
+    for case, found in cases.items():
+        rows = found["rows"]
+        milliseconds = [f"{1e3 * rows[name]['added_seconds']['median']:.2f}" for name in labels if name != "sgd"]
+        added.append([case, str(found["tensors"]), f"{1e3 * rows['sgd']['seconds']['median']:.2f}", *milliseconds])
+        calls.append([case, *(str(rows[name]["calls"]) for name in labels)])
+    others = [label for name, label in labels.items() if name != "sgd"]
+    parts = {name: None for found in cases.values() for name in found["parts"]}
+    by_part = [
+        [case, *(f"{1e3 * part['median']:.2f}" if (part := found["parts"].get(name)) else "" for name in parts)]
+        for case, found in cases.items()
+    ]
+    caption = (
+        f"Medians of {result['settings']['rounds']} interleaved rounds on one thread, with networks as deep as those "
+        f"named and next to nothing to compute. {machine(result)}"
+    )
+    return "\n\n".join(
+        [
+            "What each method adds to its passes and the base optimizer's step, in ms beside the whole of SGD's step:",
+            table(["network", "tensors", "SGD, ms", *others], added),
+            "Operators called in a step:",
+            table(["network", *labels.values()], calls),
+            "ESAM's own parts, ms:",
+            table(["network", *parts], by_part),
+            *left_out(result),
+            caption,
+        ]
+    )
+
+
 def operators(result: dict[str, Any]) -> str:
     """The tables of the operators: those over lists of weights, and the selection of samples."""
     rows = result["operators"]

@@ -80,12 +80,14 @@ class BottleneckBlock(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """ResNet-50 for 32x32 images: four stages of three, four, six and three bottleneck blocks."""
+    """ResNet-50 for 32x32 images: four stages of three, four, six and three bottleneck blocks, or of other depths."""
 
-    def __init__(self, width: int, channels: int = 3, classes: int = 10) -> None:
+    def __init__(
+        self, width: int, channels: int = 3, classes: int = 10, depths: tuple[int, ...] = (3, 4, 6, 3)
+    ) -> None:
         super().__init__()
         n_in, blocks = width, []
-        for stage, count in enumerate((3, 4, 6, 3)):
+        for stage, count in enumerate(depths):
             for block in range(count):
                 blocks.append(BottleneckBlock(n_in, width << stage, stride=2 if stage > 0 and block == 0 else 1))
                 n_in = 4 * (width << stage)
@@ -156,13 +158,19 @@ class TransformerBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT-S of twelve layers (Dosovitskiy et al., 2021; Touvron et al., 2021), for images up to ``image_size`` pixels.
+    """ViT-S, of twelve layers (Dosovitskiy et al., 2021; Touvron et al., 2021), for images up to ``image_size`` pixels.
 
     A smaller image uses the positions of the upper left corner.
     """
 
     def __init__(
-        self, width: int, channels: int = 3, classes: int = 10, image_size: int = 32, patch_size: int = 4
+        self,
+        width: int,
+        channels: int = 3,
+        classes: int = 10,
+        image_size: int = 32,
+        patch_size: int = 4,
+        layers: int = 12,
     ) -> None:
         super().__init__()
         if image_size % patch_size:
@@ -174,7 +182,7 @@ class VisionTransformer(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.class_position = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.positions = nn.Parameter(0.02 * torch.randn(1, width, side, side))
-        self.blocks = nn.Sequential(*(TransformerBlock(width, causal=False) for _ in range(12)))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, causal=False) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 

@@ -76,6 +76,8 @@ def rows(folder: Path) -> dict[str, list]:
             found[path.stem] = result["operators"]
         elif result["benchmark"] == "memory":
             found[path.stem] = list(result["cases"]["tiny"]["rows"].items())
+        elif result["benchmark"] == "host_time":
+            found[path.stem] = list(result["cases"].items())
         elif result["benchmark"] == "frontier":
             found[path.stem] = [
                 run
@@ -110,10 +112,12 @@ def test_a_part_that_is_killed_at_its_limit_leaves_its_rows_and_ends_no_other(ru
     assert {name: part["how"] for name, part in state.items()} == {
         "build": "done",
         "tests": "done",
+        "host_time": "done",
         **dict.fromkeys(KILLED, "ended at its limit"),
     }
     assert sorted(kept) == [
         "frontier_random_cpu",
+        "host_time_cpu",
         "memory_cpu",
         "operators_cpu",
         "step_cost_cpu_resnet18_b4",
