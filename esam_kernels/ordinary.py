@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .graphs import outlasting
 from .warn import warn
 
 
@@ -60,5 +61,5 @@ class OrdinaryClosure:
         """Call the function, and keep what its first call returns."""
         result = self._functions[last]()
         if not self.returned:
-            self.returned.append(result)
+            self.returned.append(outlasting(result) if isinstance(result, Tensor) else result)
         return result
