@@ -121,3 +121,89 @@ def test_the_gradient_is_the_cpu_s(granularity: str) -> None:
         assert all(map(torch.equal, model.parameters(), before))
     for a, b in zip(on_gpu.parameters(), on_cpu.parameters()):
         torch.testing.assert_close(a.grad.cpu(), b.grad, rtol=1e-7, atol=1e-9)
+
+
+class Split(nn.Module):
+    """A model over two devices, as pipelines and offloaded parts have it."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 300).to(first), nn.Linear(300, 10).to(second)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.first(inputs.to(self.first.weight.device)))
+        return self.second(hidden.to(self.second.weight.device))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gamma": 1.0, "beta": 1.0, "adaptive": True}, {"granularity": "element"}], ids=str
+)
+@pytest.mark.parametrize("devices", [("cuda:0", "cpu"), ("cpu", "cuda:0"), ("cuda:1", "cuda:0")], ids=str)
+def test_a_model_over_several_devices_takes_the_steps_of_one(devices: tuple[str, str], options: dict) -> None:
+    if torch.cuda.device_count() < sum("cuda" in device for device in devices):
+        pytest.skip("needs two CUDA devices")
+    inputs, targets = torch.randn(32, 6, dtype=torch.float64), torch.randint(10, (32,))
+    models = [Split("cpu", "cpu").double(), Split(*devices).double()]
+    for model in models:
+        optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.5, **options)
+        for _ in range(3):
+            optimizer.backward(batch_closure(model, cross_entropy, inputs, targets.to(model.second.weight.device)))
+            optimizer.step()
+    for a, b in zip(*(model.parameters() for model in models)):
+        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=1e-7, atol=1e-9)
+
+
+def test_a_step_in_another_stream_is_ordered_by_it_alone() -> None:
+    """Behind a busy stream, as in prefetching loops: nothing of the step may run in the default stream."""
+    found = []
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        model = a_network().cuda()
+        model[3].p = 0.0
+        optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.5)
+        inputs, targets = torch.empty(16, 3, 8, 8, device="cuda"), torch.zeros(16, dtype=torch.int64, device="cuda")
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            for number in range(4):
+                torch.cuda._sleep(20_000_000)
+                inputs.copy_(torch.linspace(-1, 1, inputs.numel(), device="cuda").view_as(inputs) * (number + 1))
+                targets.copy_(torch.arange(16, device="cuda") % 10)
+                optimizer.backward(batch_closure(model, cross_entropy, inputs, targets))
+                optimizer.step()
+        torch.cuda.synchronize()
+        found.append([param.detach().clone() for param in model.parameters()])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # convolutions may add up in another order
+
+
+def test_a_network_of_thousands_of_tensors_takes_the_cpu_s_step() -> None:
+    """More than a launch takes, many of them not aligned to 16 bytes, as views of one memory are."""
+    grads = []
+    for device in ("cpu", "cuda"):
+        memory = torch.linspace(-1, 1, 3 * 2500 + 1, dtype=torch.float64).to(device)
+        params = [nn.Parameter(memory[3 * i + 1 : 3 * i + 4]) for i in range(2500)]
+        optimizer = ESAM(params, torch.optim.SGD, lr=0.1, rho=0.5, gamma=1.0)
+        before = [param.detach().clone() for param in params]
+
+        def closure(index: torch.Tensor | None, params: list = params) -> torch.Tensor:
+            return torch.cat(list(params)).square().sum().view(1)
+
+        optimizer.backward(closure)
+        assert all(map(torch.equal, params, before))
+        grads.append(torch.cat([param.grad.cpu() for param in params]))
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"gamma": 1.0, "beta": 1.0}, {}, {"ascent": "momentum", "gamma": 1.0}], ids=str)
+def test_a_model_that_runs_as_cuda_graphs_takes_the_same_steps(options: dict) -> None:
+    found = []
+    inputs, targets = torch.randn(4, 32, 6, device="cuda"), torch.randint(10, (4, 32), device="cuda")
+    for compiled in (False, True):
+        model = Split("cuda", "cuda")
+        called = torch.compile(model, mode="reduce-overhead", dynamic=False) if compiled else model
+        optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9, rho=0.5, **options)
+        for _ in range(3):
+            losses = [optimizer.step(batch_closure(called, cross_entropy, x, y)) for x, y in zip(inputs, targets)]
+        found.append([*losses, *model.parameters()])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)  # TF32 or not, fused or not
