@@ -527,9 +527,7 @@ class ESAM(torch.optim.Optimizer):
         if self.param_groups[0][self._keys["ascent"]] != "previous":
             return {}
         groups = [group for group in self.param_groups if group[self._keys["rho"]] > 0]
-        # What GradScaler.step tells a fused optimizer alone.
-        may_be_skipped = getattr(self.base, "found_inf", None) is not None
-        return copy_gradients(params_of(groups), self.state, may_be_skipped)
+        return copy_gradients(params_of(groups), self.state)
 
     def _model_state(self, closures: Sequence[Closure] = (), models: Sequence[nn.Module | None] = ()) -> ModelState:
         # A closure written by hand may call anything its model.

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..model_state import copy_all
 from ..sharding import local_shard, sum_over_shards
 from ..step import Step, Weight
 from .ascend import Ascent
@@ -56,21 +55,17 @@ def first_moment(weight: Weight, state: Mapping[str, Any]) -> Tensor | None:
     )
 
 
-def copy_gradients(
-    params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]], may_be_skipped: bool
-) -> dict[Tensor, Tensor]:
+def copy_gradients(params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> dict[Tensor, Tensor]:
     """Copies of the gradients that a step is about to be taken with, by their parameters.
 
-    If the step ``may_be_skipped`` on the device, as a fused optimizer does for a ``GradScaler`` where gradients are not
-    finite, what was kept before is then copied instead, or zeros if there was nothing. That is decided on the device.
+    If their norm is not finite, such as in a step that a fused optimizer skips for a ``GradScaler``, what was kept
+    before is copied instead, or zeros if there was nothing. That is decided on the device.
     """
     with_grad = [param for param in params if param.grad is not None and param.grad.layout == torch.strided]
     grads = [param.grad for param in with_grad if param.grad is not None]
+    copies = [torch.empty_like(grad) for grad in grads]
     if not grads:
         return {}
-    if not may_be_skipped:
-        return dict(zip(with_grad, copy_all(grads)))
-    copies = [torch.empty_like(grad) for grad in grads]
     local = [local_shard(grad) for grad in grads]
     finite = sum_over_shards(ops.squared_norm(local, local), grads).isfinite()
     for param, grad, copy in zip(with_grad, local, map(local_shard, copies)):
