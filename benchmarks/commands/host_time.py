@@ -43,7 +43,7 @@ CASES: dict[str, Callable[[], nn.Module]] = {
 }
 BATCH = (4, 3, 8, 8)
 METHODS_TIMED = ("sgd", "sam", "sam-foreach", "sam-own", "esam", "momentum", "previous")
-WARM_UP = 3
+WARM_UP = 3  # rounds at most that are not counted
 VISITS = 5  # of a round, of which the median counts
 
 
@@ -82,20 +82,20 @@ def measure(case: str, rounds: int, names: Sequence[str], settings: Settings, de
         work["floors", name] = partial(floor_of, bare, inputs, targets)
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     parts: dict[str, list[float]] = defaultdict(list)
-    order = list(work)
-    for number in range(WARM_UP + rounds):
+    order, warm_up = list(work), min(WARM_UP, rounds)
+    for number in range(warm_up + rounds):
         for i in turn(len(order), number):
             seconds = median(host_seconds(work[order[i]], VISITS * number + visit, device) for visit in range(VISITS))
             found[order[i]].append(seconds)
         set_step(in_parts, number)
         for name, seconds in parts_of_step(in_parts, inputs, targets, Stopwatch(torch.device("cpu"))).items():
             parts[name].append(seconds)
-    counted = slice(WARM_UP, None)
+    counted = slice(warm_up, None)
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
         steps, floor = found["steps", name][counted], found["floors", name][counted] if name != "sgd" else []
         added = {"added_seconds": spread([a - b for a, b in zip(steps, floor)])._asdict()} if floor else {}
-        calls = calls_of(partial(step_of, timed[name], inputs, targets, WARM_UP + rounds))
+        calls = calls_of(partial(step_of, timed[name], inputs, targets, warm_up + rounds))
         rows[name] = {"label": METHODS[name].label, "seconds": spread(steps)._asdict(), "calls": calls, **added}
     own_parts = {name: seconds[counted] for name, seconds in parts.items() if name not in PASS_NAMES}
     return {

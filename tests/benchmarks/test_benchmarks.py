@@ -407,7 +407,7 @@ def test_peak_memory_counts_what_lives_at_once():
 
 
 def test_train_end_to_end(tmp_path, capsys):
-    arguments = ["--device", "cpu", "--width", "4", "--epochs", "2", "--seeds", "2", "--sharpness-samples", "40"]
+    arguments = ["--device", "cpu", "--width", "4", "--epochs", "2", "--seeds", "2", "--sharpness-samples", "20"]
     train.main([*arguments, "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     assert METHODS["esam"].label in printed
@@ -418,7 +418,7 @@ def test_train_end_to_end(tmp_path, capsys):
     _, _, sharpness, about = tables.blocks(tables.train(result))
     converged = [seed["hessian"]["converged"] for seeds in result["sharpness"]["seeds"].values() for seed in seeds]
     assert f"{sum(converged)} of {len(converged)} converged" in about
-    assert "over 40 training images" in about
+    assert "over 20 training images" in about
     for name, method in result["methods"].items():
         assert [len(curve) for curve in result["curves"][name]] == [2, 2]
         assert method["seeds"] == 2

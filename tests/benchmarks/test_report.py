@@ -24,11 +24,13 @@ def folder(tmp_path_factory):
     """A result of every kind, measured on next to nothing."""
     folder = tmp_path_factory.mktemp("results")
     output = ["--output", str(folder)]
-    train.main([*TINY, "--epochs", "1", "--seeds", "2", "--optimizers", "sgd", "sam", "esam", *output])
+    training = [*TINY, "--epochs", "1", "--sharpness-samples", "32"]
+    train.main([*training, "--seeds", "2", "--optimizers", "sgd", "sam", "esam", *output])
     step_cost.main([*TINY, "--models", "small", "--batch-sizes", "16", "--rounds", "1", *output])
-    frontier.main([*TINY, "--epochs", "1", "--seeds", "1", "--rounds", "1", "--configurations", "sgd", "esam", *output])
+    frontier.main([*training, "--seeds", "1", "--rounds", "1", "--configurations", "sgd", "esam", *output])
     rounding.main([*TINY, "--epochs", "1", "--seeds", "1", *output])
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "ROWS", ("sgd", "esam", "esam-element"))
         memory.main(["--device", "cpu", "--models", "tiny", *output])
         patch.setattr(operators, "MODELS", {"ResNet-18": [(3, 4), (5,)]})
         patch.setattr(operators, "_compiled", lambda *_: None)
