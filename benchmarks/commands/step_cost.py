@@ -72,6 +72,8 @@ TIMED = (
     "share-quarter",
     "share-half",
     "sam-tail0.2",
+    "temperon-tail0.2",
+    "esam-random",
     "esam",
     "esam-bf16",
     "esam-gamma1",

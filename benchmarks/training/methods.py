@@ -106,6 +106,7 @@ METHODS = {
     "share-half": _sam("ascent share 1/2", ascent_share=0.5),
     # Sharpness-aware at the end alone.
     "sam-tail0.2": Method("SAM in the last 1/5", "esam", _SAM, late_share=0.2),
+    "temperon-tail0.2": Method("temperon, last 1/5", "temperon", late_share=0.2),
     "sam-tail0.5": Method("SAM in the last 1/2", "esam", _SAM, late_share=0.5),
     "esam-tail0.2": Method("ESAM in the last 1/5", "esam", late_share=0.2),
     "esam-tail0.5": Method("ESAM in the last 1/2", "esam", late_share=0.5),

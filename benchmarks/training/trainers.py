@@ -208,6 +208,31 @@ class SAMTrainer(Trainer):
         return loss
 
 
+class TemperonTrainer(Trainer):
+    """SAM in the last part of training, of the package temperon."""
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """Temperon around the base, with a tail from ``start`` on; it knows nothing of the loss scaler itself."""
+        import temperon
+
+        base = self.settings.base_class(self.model.parameters(), **self.settings.base_options)
+        scaled: Any = SimpleNamespace(
+            param_groups=base.param_groups, zero_grad=base.zero_grad, step=lambda: self.scaler.step(base)
+        )
+        share = 1 - self.settings.esam["start"] / max(1, self.settings.steps)
+        tail: Any = temperon.Temperon(
+            scaled, max(1, self.settings.steps), tail_frac=share, rho=self.settings.esam["rho"]
+        )
+        return tail
+
+    def step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """One forward and backward pass, or two of them, both of which move batch norm's running statistics."""
+        optimizer: Any = self.optimizer
+        loss: Tensor = optimizer.step(lambda: self.backward(inputs, targets))
+        self.scaler.update()
+        return loss
+
+
 class TwoStepSAMTrainer(SGDTrainer):
     """SAM as davda54/sam composes it, tensor by tensor in plain torch: a first step uphill, a second step back."""
 
@@ -385,6 +410,7 @@ TRAINERS: dict[str, type[Trainer]] = {
     "sgd-accumulated": AccumulatingTrainer,
     "sam": SAMTrainer,
     "sam-davda54": TwoStepSAMTrainer,
+    "temperon": TemperonTrainer,
     "sam-foreach": ForeachSAMTrainer,
     "along-momentum": AlongMomentumTrainer,
     "random-direction": RandomDirectionTrainer,
@@ -394,10 +420,12 @@ TRAINERS: dict[str, type[Trainer]] = {
 
 
 def set_step(one: Trainer, number: int) -> None:
-    """If it is ESAM's, let the step that it takes next be that of this number, on which draws and schedule depend."""
+    """Let the step that is taken next be that of this number, on which ESAM's draws and schedule depend, and a tail."""
     for group in one.optimizer.param_groups:
         if STEP in group:
             group[STEP] = number
+    if isinstance(one, TemperonTrainer):
+        vars(one.optimizer)["step_count"] = number
 
 
 def trainer(
@@ -408,7 +436,7 @@ def trainer(
     return TRAINERS[method.trainer](model, settings.by(method), device, loss_fn)
 
 
-PACKAGES = {"sam": "pytorch_optimizer"}  # that a trainer needs and that may be missing
+PACKAGES = {"sam": "pytorch_optimizer", "temperon": "temperon"}  # that a trainer needs and that may be missing
 
 
 def left_out(names: Iterable[str], base: str = "sgd", slow_bf16: bool = False) -> dict[str, str]:
