@@ -5,19 +5,35 @@ READY := .venv/ready
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: bench results test test-newest attack docs wheel wheel-test check format sanitize test-gpu gpu sanitize-gpu clean
+.PHONY: bench results results-digits results-images test test-newest attack docs wheel wheel-test check format sanitize test-gpu gpu sanitize-gpu clean
 
 bench: $(READY)  # what SGD, SAM and ESAM cost and buy here, in short, with a page in build/bench; 6 minutes on 2 cores
 	$(BIN)/python -m benchmarks bench
 
-results: $(READY)  # the same in full, into benchmarks/results and the README; 40 minutes on 2 quiet cores
+results: $(READY)  # what steps cost in full, into benchmarks/results and the README; half an hour on 2 quiet cores
 	$(BIN)/python -m benchmarks train --restart
 	$(BIN)/python -m benchmarks step_cost --time-budget 900 --restart
-	$(BIN)/python -m benchmarks frontier --restart
 	$(BIN)/python -m benchmarks memory --restart
 	$(BIN)/python -m benchmarks host_time --restart
 	$(BIN)/python -m benchmarks rounding --restart
 	$(BIN)/python -m benchmarks operators --models ResNet-18 ViT-B/16 --repeats 5 --restart
+	$(BIN)/python -m benchmarks report
+
+# Accuracy against cost. Every finished run is kept: given again, the command goes on.
+results-digits: export OMP_NUM_THREADS := 1
+results-digits: $(READY)  # with a fifth of the labels wrong; an hour on one core
+	$(BIN)/python -m benchmarks frontier --train-samples 800 --validation-samples 200 \
+		--choose 0.5 1 2 4 --choose-seeds 3 --seeds 5 --rounds 8 --configurations sgd sam esam esam-random \
+		esam-loss sgd-short momentum previous share-quarter share-half sam-tail0.2 sam-tail0.5 sam-interval2 \
+		sam-interval5 momentum-then-sam momentum-random nesterov momentum-plus random-direction esam-bf16 esam-gamma1
+	$(BIN)/python -m benchmarks report
+
+results-images: export OMP_NUM_THREADS := 1
+results-images: $(READY)  # on a fifth of CIFAR-10, at DATA; two hours on one core
+	$(BIN)/python -m benchmarks frontier --data cifar10 --data-file $(DATA) --train-samples 10000 \
+		--validation-samples 2000 --image-size 16 --width 8 --channels-last --lr 0.2 --choose 0.5 1 2 --epochs 15 \
+		--seeds 3 --sharpness-samples 0 --rounds 4 --configurations sgd nesterov sam momentum previous sam-tail0.2 \
+		sam-tail0.5 sam-interval5 esam esam-random random-direction
 	$(BIN)/python -m benchmarks report
 
 test: $(READY)  # the whole test suite; needs no GPU
