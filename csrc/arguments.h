@@ -75,7 +75,6 @@ inline std::vector<Operand> operands(const Tensors& params) {
     STD_TORCH_CHECK(is_dense(param), "params[", i, "] must lie in memory without gaps or overlaps");
     STD_TORCH_CHECK(param.device() == params[0].device(), "params must be on one device");
     result[i].param = param.mutable_data_ptr();
-    result[i].backup = nullptr;
     result[i].size = param.numel();
     result[i].dtype = result[i].grad_dtype = to_dtype(param.scalar_type());
   }
@@ -101,7 +100,7 @@ inline void add_grads(const Tensors& params, const Tensors& grads, std::vector<O
   }
 }
 
-// None at all leave the operands without.
+// No backups leave the operands without one.
 inline void add_backups(const Tensors& params, const Tensors& backups, std::vector<Operand>& result) {
   if (backups.empty()) return;
   check_like_params(params, backups, "backups");

@@ -12,8 +12,8 @@ namespace esam::cpu {
 struct Kernels {
   // Sum of (m * |w|^a * g)^2 over elements begin, ..., end - 1.
   double (*squared_norm)(const Operand& operand, int64_t begin, int64_t end, bool adaptive, const ElementMask& mask);
-  // backup <- w, if there is one, and past the caches if streaming; w <- w + coefficient / (norm + eps) * m * w^2a * g, unless the norm is
-  // not finite.
+  // backup <- w, if there is one, past the caches if streaming; w <- w + coefficient / (norm + eps) * m * w^2a * g,
+  // unless the norm is not finite.
   void (*perturb)(const Operand& operand, int64_t begin, int64_t end, double norm, bool adaptive,
                   const ElementMask& mask, bool streaming);
   // A copy past the caches.

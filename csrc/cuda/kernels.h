@@ -19,7 +19,8 @@ int64_t count_partial_sums(const std::vector<Operand>& operands);
 void squared_norm(const std::vector<Operand>& operands, bool adaptive, const ElementMask& mask, double* partial_sums,
                   void* result, bool result_is_double, void* stream);
 
-// backup <- w, if there is one; w <- w + coefficient / (norm + eps) * m * w^2a * g, unless the norm, on the device, is not finite.
+// backup <- w, if there is one; w <- w + coefficient / (norm + eps) * m * w^2a * g, unless the norm, on the device, is
+// not finite.
 void perturb(const std::vector<Operand>& operands, const void* norm, bool norm_is_double, bool adaptive,
              const ElementMask& mask, void* stream);
 
