@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -42,8 +44,24 @@ def clock() -> float:
     return monotonic()
 
 
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt inside the block: a process in its own session outlives its parent."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@sigterm_as_ctrl_c()
 def run_part(part: Part, limit: float, log: Path, watch: Callable[[], None] = lambda: None) -> str:
     """Run a part's process, and end it with all that it has started at its limit or at an exception; how it ended.
+
+    Ctrl-C and SIGTERM are exceptions.
 
     Args:
         part: what to run.

@@ -50,6 +50,23 @@ def test_what_is_interrupted_shows_what_there_is_and_its_exit_status_says_so(run
     assert not [name for name in left if name.startswith(("step_cost", "memory")) or name.endswith(".new")]
 
 
+def test_sigterm_ends_a_part_and_what_it_has_started_as_ctrl_c_does(tmp_path):
+    handler = signal.getsignal(signal.SIGTERM)
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(1000)"
+    part = processes.Part("sleep", "", 1000, ("-c", code))
+    log = tmp_path / "log"
+
+    def kill_when_it_runs():
+        if log.read_text().endswith("\n") and log.read_text().split()[-1].isdigit():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        processes.run_part(part, 1000, log, kill_when_it_runs)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text().split()[-1]), 0)
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
 def test_it_says_what_it_does_and_how_far_it_is(runs):
     _, _, out, err, _ = runs
     for name in ("train", "frontier", "step_cost", "memory"):
