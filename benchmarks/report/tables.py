@@ -49,7 +49,7 @@ def summary(results: Iterable[dict[str, Any]]) -> str:
 
 
 def costs(results: Sequence[dict[str, Any]]) -> str:
-    """A sentence on what steps cost more than SGD's: the least and the most over all results of whole methods."""
+    """A sentence on what steps cost more than SGD's: the least and the most over all results of ``step_cost``."""
     measured = _costs_over_sgd(results)
     parts = [
         f"{what} {found[0]:+.0f} to {found[-1]:+.0f} %"
@@ -64,7 +64,7 @@ def headline(sweeps: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]
 
     Args:
         sweeps: of ``frontier``; each has a column, of accuracy at equal epochs.
-        results: of any benchmark, of which those that time steps say what a method costs.
+        results: of any benchmark, of which those of ``step_cost`` say what a method costs.
         names: the methods, of which those are shown that a sweep has.
     """
     columns = ["method", "time over SGD's", *(f"{task(one)}, %" for one in sweeps)]
@@ -104,9 +104,9 @@ def _share_of_time(name: str, results: Sequence[dict[str, Any]]) -> str:
 
 
 def _costs_over_sgd(results: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """What steps of each method cost more than SGD's in percent, ascending, over all results of whole methods."""
+    """What steps of each method cost more than SGD's in percent, ascending, where they were timed by themselves."""
     measured: dict[str, list[float]] = {}
-    for result in results:
+    for result in (one for one in results if one["benchmark"] == "step_cost"):
         for name, method in result.get("methods", {}).items():
             if method.get("time_over_sgd"):
                 measured.setdefault(name, []).append(100 * (method["time_over_sgd"]["median"] - 1))
