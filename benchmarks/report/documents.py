@@ -16,8 +16,8 @@ from . import page, plots, tables
 
 # The README's rows of the frontier, of which it shows those that were measured.
 HEADLINES = (
-    "sgd", "sgd-short", "nesterov", "momentum", "previous", "share-quarter", "sam-tail0.2", "sam-tail0.5", "sam",
-    "esam-random", "esam",
+    "sgd", "sgd-short", "nesterov", "momentum", "previous", "sam-tail0.2", "sam-tail0.5", "sam",
+    "esam",
 )  # fmt: skip
 
 

@@ -266,7 +266,7 @@ def describe_headline(result: dict[str, Any], names: Collection[str]) -> str:
         f"{result['configurations'][name]['label']} {accuracy:.1f} % at {cost:.2f}"
         for name, (cost, accuracy, _) in _headline_points(result, names).items()
     )
-    return f"Bars of training time in times SGD's, and test accuracy beside them, a row for each method: {listed}."
+    return f"Bars of test accuracy, and of training time in times SGD's: {listed}."
 
 
 def _headline_points(result: dict[str, Any], names: Collection[str]) -> dict[str, tuple[float, float, float | None]]:

@@ -77,13 +77,19 @@ def headline(sweeps: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]
     about = [
         f"{task(sweep)}: {sweep['data']}, {sweep['settings']['model']}"
         + (f" of width {sweep['settings']['width']}" if sweep["settings"]["width"] else "")
-        + f", {sweep['settings']['epochs']} epochs, {_seeds(_most_seeds(sweep, 'equal_epochs'))}; {machine(sweep)}"
+        + f", {sweep['settings']['epochs']} epochs, {_most_seeds(sweep, 'equal_epochs')} seeds."
         for sweep in sweeps
     ]
-    timed = "Time is that of a step, the least and the most of all networks and batch sizes that were timed."
+    about += [f"Mean ± standard deviation. {where}" for where in dict.fromkeys(_place(sweep) for sweep in sweeps)]
+    timed = "Time is that of a step, the least and the most of all networks and batch sizes."
     if any(sweep["settings"].get("choose") for sweep in sweeps):
         timed += " Each method's radius, or rate where it has none, was chosen on other images from other seeds."
     return "\n\n".join([table(columns, rows), " ".join([timed, *about])])
+
+
+def _place(sweep: dict[str, Any]) -> str:
+    """Where and with what it was measured, less the time of day."""
+    return machine(sweep).rpartition(" ")[0].rpartition(" ")[0] + "."
 
 
 def task(sweep: dict[str, Any]) -> str:
