@@ -5,7 +5,8 @@ READY := .venv/ready
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 
-.PHONY: bench results results-digits results-images test test-newest attack docs wheel wheel-test check format sanitize test-gpu gpu sanitize-gpu clean
+.PHONY: bench results results-digits results-images test test-newest attack docs wheel wheel-test check format
+.PHONY: sanitize test-gpu gpu sanitize-gpu clean
 
 bench: $(READY)  # what SGD, SAM and ESAM cost and buy here, in short, with a page in build/bench; 6 minutes on 2 cores
 	$(BIN)/python -m benchmarks bench

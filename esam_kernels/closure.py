@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from .eager import eager
-from .graphs import outlasting
 
 # Per-sample losses, shape [b]; or losses and weights, shape [b] each.
 Losses = Tensor | tuple[Tensor, Tensor]
@@ -224,7 +223,7 @@ def _tensors_of(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
 def _detached(value: Any) -> Any:
     """The tensors of a nested output without their graph, which would keep all that its nodes hold."""
     if isinstance(value, Tensor):
-        return outlasting(value).detach()
+        return value.detach().clone()  # the next run of a CUDA graph overwrites what it gave
     if isinstance(value, Mapping):
         return _with_items(value, {key: _detached(item) for key, item in value.items()})
     if isinstance(value, list | tuple):

@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-from .graphs import outlasting
 from .warn import warn
 
 
@@ -61,5 +60,6 @@ class OrdinaryClosure:
         """Call the function, and keep what its first call returns."""
         result = self._functions[last]()
         if not self.returned:
-            self.returned.append(outlasting(result) if isinstance(result, Tensor) else result)
+            # A copy where another call follows, since the next run of a CUDA graph overwrites what it gave.
+            self.returned.append(result.clone() if isinstance(result, Tensor) and not last else result)
         return result

@@ -68,12 +68,12 @@ def headline(sweeps: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]
         names: the methods, of which those are shown that a sweep has.
     """
     columns = ["method", "time over SGD's", *(f"{task(one)}, %" for one in sweeps)]
-    rows = []
+    rows, measured = [], _costs_over_sgd(results)
     for name in names:
         found = [sweep["configurations"].get(name) for sweep in sweeps]
         if any(found):
             accuracies = [_panel_accuracy(one["equal_epochs"]) if one else "" for one in found]
-            rows.append([METHODS[name].label, _share_of_time(name, results), *accuracies])
+            rows.append([METHODS[name].label, _share_of_time(name, measured), *accuracies])
     about = [
         f"{task(sweep)}: {sweep['data']}, {sweep['settings']['model']}"
         + (f" of width {sweep['settings']['width']}" if sweep["settings"]["width"] else "")
@@ -89,7 +89,8 @@ def headline(sweeps: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]
 
 def _place(sweep: dict[str, Any]) -> str:
     """Where and with what it was measured, less the time of day."""
-    return machine(sweep).rpartition(" ")[0].rpartition(" ")[0] + "."
+    environment = sweep["environment"]
+    return machine({**sweep, "environment": {**environment, "date": environment["date"].partition(" ")[0]}})
 
 
 def task(sweep: dict[str, Any]) -> str:
@@ -101,11 +102,11 @@ def task(sweep: dict[str, Any]) -> str:
     return ", ".join(parts) + (f" ({100 * settings['label_noise']:.0f} % wrong)" if settings["label_noise"] else "")
 
 
-def _share_of_time(name: str, results: Sequence[dict[str, Any]]) -> str:
+def _share_of_time(name: str, measured: Mapping[str, Sequence[float]]) -> str:
     """The cell on what a method costs; empty where it was not timed."""
     if METHODS[name].share_of_epochs < 1:
         return f"{100 * (METHODS[name].share_of_epochs - 1):+.0f} %"
-    found = [f"{cost:+.0f}" for cost in _costs_over_sgd(results).get(name, [])]
+    found = [f"{cost:+.0f}" for cost in measured.get(name, [])]
     return "" if not found else f"{' to '.join(dict.fromkeys((found[0], found[-1])))} %"
 
 
