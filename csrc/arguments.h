@@ -60,6 +60,7 @@ inline bool is_dense(const Tensor& tensor) {
 inline bool have_same_layout(const Tensor& a, const Tensor& b) {
   const auto sizes = a.sizes(), strides = a.strides(), other_strides = b.strides();
   if (!sizes.equals(b.sizes())) return false;
+  if (a.numel() == 0) return true;
   for (size_t d = 0; d < sizes.size(); ++d) {
     if (sizes[d] > 1 && strides[d] != other_strides[d]) return false;
   }

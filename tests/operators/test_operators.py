@@ -6,12 +6,12 @@ tensors; it cuts a cast to bf16 off where a GPU rounds to nearest, which the err
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from esam_kernels import ops
@@ -167,8 +167,13 @@ def test_squared_norm_is_bit_identical_from_run_to_run(device):
 # ---- perturb_ and restore_
 
 
+# Of no elements, torch calls any strides contiguous.
+EMPTY = Kind((3, 0, 2), torch.float32, "gaps", "transposed", torch.float32, "contiguous", tensor_id=0, offset=0)
+
+
 @few
 @given(lists_of_kinds, seeds, st.booleans(), st.sampled_from([None, 1.0, 0.6]))
+@example([EMPTY, replace(EMPTY, shape=(2, 3), layout="contiguous")], 0, False, None)
 def test_perturb_saves_every_bit_moves_within_the_bound_and_restore_undoes_it(device, kinds, seed, adaptive, beta):
     params, grads = make(kinds, seed, device)
     mask = make_mask(kinds, seed, beta)
