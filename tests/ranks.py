@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
@@ -48,7 +49,7 @@ def run(
 
     A rank that has killed itself made None of the last one.
     """
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("spawn") if backend == "nccl" else forks.context()
     processes = [
         context.Process(target=process, args=(rank, module, backend, world, str(folder), scenarios))
         for rank in range(world)

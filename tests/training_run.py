@@ -1,8 +1,8 @@
-"""A training run that can be killed: ``python training_run.py FOLDER`` goes on from the last checkpoint."""
+"""A training run that can be killed, and goes on from the last checkpoint."""
 
 import os
 import signal
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -43,7 +43,8 @@ class Run:
         self.steps = checkpoint["steps"]
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, saved: Callable[[], object]) -> None:
+    """Train until SIGTERM; ``saved`` is called after every checkpoint."""
     stopping = False
 
     def stop(*_: object) -> None:
@@ -59,9 +60,5 @@ def main(folder: Path) -> None:
         run.step()
         if run.steps % EVERY == 0:
             run.save(folder)
-            print("saved", flush=True)
+            saved()
     run.save(folder)  # the step that SIGTERM has come into has been finished
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

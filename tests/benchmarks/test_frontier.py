@@ -2,14 +2,10 @@
 
 import json
 import math
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -63,39 +59,50 @@ def untimed(results):
 # Stopping and going on.
 
 
+def always_from(here, patch):
+    """Measured in one environment by one code."""
+    patch.setattr(frontier, "environment", lambda: here)
+    patch.setattr(frontier, "code_fingerprint", lambda *_: "abc")
+
+
+def run_until_it_is_killed(here, arguments):
+    """A sweep that hangs when its journal has the environment, the calibration and two runs."""
+    torch.set_num_threads(1)
+    add = Journal.add
+
+    def add_then_hang(journal, *about):
+        add(journal, *about)
+        if journal.path.read_bytes().count(b"\n") == 4:
+            time.sleep(1000)
+
+    with pytest.MonkeyPatch.context() as patch:
+        always_from(here, patch)
+        patch.setattr(Journal, "add", add_then_hang)
+        frontier.main(arguments)
+
+
 def test_a_sweep_that_is_killed_goes_on_to_the_same_result(tmp_path, monkeypatch):
     """SIGKILL leaves nothing a chance to tidy up. Both sweeps have the killed one's calibration.
 
     All have one environment, whatever happens to the checkout meanwhile.
     """
     here = frontier.environment()
-    monkeypatch.setattr(frontier, "environment", lambda: here)
-    monkeypatch.setattr(frontier, "code_fingerprint", lambda *_: "abc")
-    shared = [*TINY, *THREE, "--epochs", "30", "--sharpness-samples", "20"]
+    always_from(here, monkeypatch)
+    shared = [*TINY, *THREE, "--epochs", "6", "--seeds", "1", "--sharpness-samples", "20"]
     arguments = [*shared, "--output", str(tmp_path / "killed")]
-    code = (
-        "from benchmarks.commands import frontier; frontier.code_fingerprint = lambda *_: 'abc'; "
-        f"frontier.environment = lambda: {here}; frontier.main({arguments})"
-    )
     journal = tmp_path / "killed/frontier_digits_cpu.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=Path(frontier.__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = forks.context().Process(target=run_until_it_is_killed, args=(here, arguments))
+    process.start()
     deadline = time.monotonic() + 120
-    # Environment, calibration and at least two runs.
-    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 4):
-        assert process.poll() is None
+    while not (journal.exists() and journal.read_bytes().count(b"\n") == 4):
+        assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     kept = journal.read_text().splitlines()
-    planned = 2 * len(THREE[1:]) * 2 - 2  # SGD's runs are the same in both panels
-    assert 4 <= len(kept) < 2 + planned
+    planned = 2 * len(THREE[1:]) - 1  # SGD's runs are the same in both panels
+    assert len(kept) == 4
 
     (tmp_path / "whole").mkdir()
     (tmp_path / "whole/frontier_digits_cpu.jsonl").write_text("".join(line + "\n" for line in kept[:2]))

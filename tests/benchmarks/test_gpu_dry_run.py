@@ -15,6 +15,7 @@ import pytest
 from benchmarks import record
 
 REPOSITORY = record.RESULTS.parents[1]
+DRIVER = Path(__file__).with_name("dry_run_driver.py")
 HIDDEN = ("pytorch_optimizer", "sklearn", "jinja2", "PIL", "tqdm", "matplotlib")
 # At which of its writes to a journal a benchmark hangs: the first is the environment, the frontier's second its times.
 HANGS = {"step_cost": 3, "operators": 3, "frontier": 4, "memory": 3}
@@ -34,10 +35,10 @@ writes, fsync, flags = [], os.fsync, os.environ.get("HANG")
 
 def fsync_then_hang(file):
     fsync(file)
-    writes.append(file)
+    writes.append(os.getpid())
     name = next((word for word in sys.argv if word in {HANGS}), sys.argv[0].split()[-1])
     goes_on = "bf16" in sys.argv  # in the journal of the part before, whose first write it has
-    if len(writes) + goes_on == {HANGS}.get(name):
+    if writes.count(os.getpid()) + goes_on == {HANGS}.get(name):
         (Path(flags) / str(os.getpid())).touch()
         time.sleep(1000)
 
@@ -45,24 +46,18 @@ if flags:
     os.fsync = fsync_then_hang
 """
 
-DRIVER = """
-import sys
-from pathlib import Path
-from time import monotonic
-from benchmarks.commands import gpu, processes
-
-flags = Path(sys.argv.pop(1))
-processes.clock = lambda: monotonic() + 1000 * len(list(flags.iterdir()))
-gpu.main(sys.argv[1:])
-"""
-
 
 def dry_run(folder: Path, hang: bool) -> subprocess.CompletedProcess:
     """With a compiler that compiles nothing, since a build may fail."""
-    variables = {**os.environ, "PYTHONPATH": str(folder / "site"), "CXX": "false", "OUT": str(folder / "out")}
+    variables = {
+        **os.environ,
+        "PYTHONPATH": f"{folder}/site{os.pathsep}{REPOSITORY}",
+        "CXX": "false",
+        "OUT": str(folder / "out"),
+    }
     variables |= {"OMP_NUM_THREADS": "1"} | ({"HANG": str(folder / "flags")} if hang else {})
     variables.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", DRIVER, str(folder / "flags"), "--dry-run", "--minutes", "1000"]
+    command = [sys.executable, str(DRIVER), str(folder / "flags"), "--dry-run", "--minutes", "1000"]
     command += ["--output", str(folder / "gpu")]
     return subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True)
 

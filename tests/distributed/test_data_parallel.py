@@ -94,7 +94,7 @@ TRAINING = {
     # PyTorch learns a static graph from its first backward, which is not to be one without reduction.
     "micro-batches and a static graph": {"sizes": [4, 8], "first": [12], "ddp": {"static_graph": True}},
     "uneven batches": {"sizes": [[12], [5], [8]]},
-    "hundreds of uneven batches": {"sizes": [[12], [5], [8]], "steps": 300},
+    "hundreds of uneven batches": {"sizes": [[12], [5], [8]], "steps": 150},
     "uneven micro-batches": {"sizes": [[4, 8], [5, 4], [4, 4]]},
     "float16 with a scaler, clipping and micro-batches": {
         "amp": True,

@@ -55,7 +55,7 @@ def package(tmp_path_factory):
 
 def run(package, *command, **environment):
     path = os.pathsep.join([str(package), str(Path(__file__).parent)])
-    few = {"ESAM_TEST_EXAMPLES": "0.25"}
+    few = {"ESAM_TEST_EXAMPLES": "0.2"}
     environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"} | few | environment
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,14 +1,14 @@
 """Runs that end too early, memory that does not suffice, data that is broken: nothing is lost that can be kept."""
 
 import gc
+import os
 import random
 import signal
-import subprocess
-import sys
 import time
 import weakref
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import training_run
@@ -20,15 +20,18 @@ from esam_kernels import ESAM, batch_closure
 DATA = batches(6)
 
 
-def run_until(signum: int, seconds: float, folder: Path) -> int:
+def run_until(signum: int, seconds: float, folder: Path) -> int | None:
     """Train in a process of its own, and send it the signal so long after its first checkpoint."""
-    command = [sys.executable, training_run.__file__, str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "saved\n"
-        time.sleep(seconds)
-        process.send_signal(signum)
-        return process.wait(timeout=60)
+    context = forks.context()
+    saved = context.Event()
+    process = context.Process(target=training_run.main, args=(folder, saved.set))
+    process.start()
+    assert saved.wait(60)
+    time.sleep(seconds)
+    assert process.pid is not None
+    os.kill(process.pid, signum)
+    process.join(60)
+    return process.exitcode
 
 
 def test_a_run_killed_again_and_again_ends_as_one_never_killed(tmp_path):

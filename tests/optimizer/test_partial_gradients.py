@@ -8,21 +8,19 @@ import inspect
 import os
 import re
 import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-import esam_kernels
 from esam_kernels import ESAM, batch_closure
 from esam_kernels.passes import partial_gradients
 from esam_kernels.passes.partial_gradients import needed_edges
@@ -328,13 +326,18 @@ def direction_in_step(name: str, param: str) -> Tensor:
     return seen[1] - seen[0]
 
 
-def sweep(names: list[str]) -> None:
+def sweep(names: list[str], log: Path) -> None:
     """Try every parameter of these cases, and say so before and after each; the child process does this."""
+
+    def say(*words: str) -> None:
+        with log.open("a") as file:
+            print(*words, sep="\t", file=file)
+
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # the old forms are deprecated
     for name in names:
         for param, _ in Net(CASES[name]).layer.named_parameters(prefix="layer"):
-            print("at", name, param, sep="\t", flush=True)
+            say("at", name, param)
             try:
                 expected, found = direction_in_full_backward(name, param), direction_in_step(name, param)
                 error = (found - expected).abs().max().item()
@@ -342,36 +345,34 @@ def sweep(names: list[str]) -> None:
                 outcome = "as expected" if error <= (0.02 if low_precision else 1e-5) else f"differs by {error:.3g}"
             except Exception as raised:
                 outcome = repr(raised).replace("\n", " ").replace("\t", " ")
-            print("is", name, param, outcome, sep="\t", flush=True)
+            say("is", name, param, outcome)
 
 
-def sweep_in_processes(names: list[str], processes: int = 12) -> dict[str, dict[str, str]]:
+def sweep_in_processes(names: list[str], folder: Path, processes: int = 12) -> dict[str, dict[str, str]]:
     """What became of every parameter of every case; after a crash a further process goes on with the next case."""
     outcomes: dict[str, dict[str, str]] = {name: {} for name in names}
-    for _ in range(processes):
-        child = subprocess.run(
-            [sys.executable, __file__],
-            input="\n".join(names),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, "PYTHONPATH": str(Path(esam_kernels.__file__).parents[1])},
-        )
+    for number in range(processes):
+        log = folder / f"{number}.log"
+        log.touch()
+        child = forks.context().Process(target=sweep, args=(names, log))
+        child.start()
+        child.join(300)
         at = ""
-        for line in child.stdout.splitlines():
+        for line in log.read_text().splitlines():
             mark, name, param, *outcome = line.split("\t")
             at = name
-            outcomes[name][param] = outcome[0] if mark == "is" else f"the process ended here ({child.returncode})"
-        if child.returncode == 0:
+            outcomes[name][param] = outcome[0] if mark == "is" else f"the process ended here ({child.exitcode})"
+        if child.exitcode == 0:
             break
-        assert at, child.stderr
+        child.kill()
+        assert at, child.exitcode
         names = names[names.index(at) + 1 :]
     return outcomes
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, dict[str, str]]:
-    return sweep_in_processes(list(CASES))
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    return sweep_in_processes(list(CASES), tmp_path_factory.mktemp("sweep"))
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
@@ -430,7 +431,3 @@ def test_what_is_trained_on_another_device_costs_no_search(monkeypatch):
     loss = torch.ones((), requires_grad=True) * 2
     assert needed_edges(loss, params) == []
     partial_gradients.guard_group_norms(loss, params)
-
-
-if __name__ == "__main__":
-    sweep(sys.stdin.read().splitlines())
