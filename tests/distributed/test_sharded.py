@@ -29,7 +29,7 @@ from esam_kernels.passes.draw import draw_tensors
 from esam_kernels.passes.sources import PREVIOUS
 from esam_kernels.sharding import ShardedModules
 
-STEPS = 5
+STEPS = 4
 SEED = 5
 
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 drawn = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 # Fewer where each takes long, as in the emulator.
 EXAMPLES = float(os.environ.get("ESAM_TEST_EXAMPLES", 1))
-few, many = (settings(drawn, max_examples=round(EXAMPLES * number)) for number in (40, 80))
+few, many = (settings(drawn, max_examples=round(EXAMPLES * number)) for number in (32, 64))
 
 
 @pytest.fixture(params=[(name, device) for name in ops._MODULES for device in DEVICES], ids="-".join)
