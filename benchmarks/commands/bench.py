@@ -28,7 +28,7 @@ LIMIT = 3600.0  # seconds, after which a part is taken to hang
 TAIL = 4096  # bytes of a log in which its last line of progress is looked for
 EVERY = 30.0  # seconds between two lines where they cannot take each other's place
 # About how many seconds the parts take on 2 cores.
-EXPECTED = {"train": 110.0, "frontier": 120.0, "step_cost": 70.0, "memory": 60.0}
+EXPECTED = {"train": 155.0, "frontier": 105.0, "step_cost": 60.0, "memory": 60.0}
 
 
 def parts(args: argparse.Namespace) -> Iterator[Part]:

@@ -77,20 +77,31 @@ def headline(sweeps: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]
     about = [
         f"{task(sweep)}: {sweep['data']}, {sweep['settings']['model']}"
         + (f" of width {sweep['settings']['width']}" if sweep["settings"]["width"] else "")
+        + (f" with {base} in the place of SGD" if (base := _other_base(sweep)) else "")
         + f", {sweep['settings']['epochs']} epochs, {_most_seeds(sweep, 'equal_epochs')} seeds."
         for sweep in sweeps
     ]
-    about += [f"Mean ± standard deviation. {where}" for where in dict.fromkeys(_place(sweep) for sweep in sweeps)]
+    about += ["Mean ± standard deviation.", *_places(sweeps)]
     timed = "Time is that of a step, the least and the most of all networks and batch sizes."
     if any(sweep["settings"].get("choose") for sweep in sweeps):
         timed += " Each method's radius, or rate where it has none, was chosen on other images from other seeds."
     return "\n\n".join([table(columns, rows), " ".join([timed, *about])])
 
 
-def _place(sweep: dict[str, Any]) -> str:
-    """Where and with what it was measured, less the time of day."""
-    environment = sweep["environment"]
-    return machine({**sweep, "environment": {**environment, "date": environment["date"].partition(" ")[0]}})
+def _places(sweeps: Sequence[dict[str, Any]]) -> list[str]:
+    """Where and with what they were measured, less the time of day: a machine once, with all its commits and days."""
+    found: dict[str, list[list[str]]] = {}
+    for sweep in sweeps:
+        where, commit, date = machine(sweep).removesuffix(".").rsplit("; ", 2)
+        found.setdefault(where, []).append([commit.removeprefix("commit "), date.partition(" ")[0]])
+    listed = {where: [", ".join(dict.fromkeys(each)) for each in zip(*pairs)] for where, pairs in found.items()}
+    return [f"{where}; commit {commits}; {days}." for where, (commits, days) in listed.items()]
+
+
+def _other_base(sweep: dict[str, Any]) -> str | None:
+    """The base optimizer where it is not SGD."""
+    base = sweep["settings"].get("base", "sgd")
+    return None if base == "sgd" else str(base)
 
 
 def task(sweep: dict[str, Any]) -> str:
@@ -98,7 +109,7 @@ def task(sweep: dict[str, Any]) -> str:
     settings = sweep["settings"]
     parts = [{"cifar10": "CIFAR-10", "digits": "digits"}.get(settings["data"], settings["data"])]
     parts += [settings["model"]] if settings["model"] == "vit_s" else []
-    parts += [settings["base"]] if settings.get("base", "sgd") != "sgd" else []
+    parts += [base] if (base := _other_base(sweep)) else []
     return ", ".join(parts) + (f" ({100 * settings['label_noise']:.0f} % wrong)" if settings["label_noise"] else "")
 
 
@@ -236,8 +247,8 @@ def _about_sweep(result: dict[str, Any], finished: bool) -> str:
         for one in configurations.values()
         if one["equal_epochs"] and one["equal_epochs"]["epochs"] < settings["epochs"]
     ]
-    if settings.get("base", "sgd") != "sgd":
-        sentences.append(f"The base optimizer is {settings['base']}: rows that name SGD are it alone.")
+    if base := _other_base(result):
+        sentences.append(f"The base optimizer is {base}: rows that name SGD are it alone.")
     if settings.get("choose"):
         sentences.append(
             "Factor: what the method's own radius is multiplied with, or where it has none the rate, chosen of "
