@@ -68,6 +68,11 @@ class ESAMTrainer(Trainer):
             self.optimizer = optimizer = ESAM(None, optimizer, **self._options)
         return optimizer
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, without what a training that ended within a step has left of it."""
+        self._batches = []
+        return super().train(*args, **kwargs)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:

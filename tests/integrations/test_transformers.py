@@ -12,7 +12,7 @@ from networks import batches, mlp, perturbed, same, values
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from esam_kernels import ESAM, batch_closure, token_loss
+from esam_kernels import ESAM, batch_closure, current_pass, token_loss
 
 transformers = pytest.importorskip("transformers", reason="needs the extra 'transformers'")
 pytest.importorskip("accelerate", reason="needs the extra 'transformers'")
@@ -381,3 +381,23 @@ def test_two_processes_that_select(results):
     weights = len(list(Network().parameters()))
     assert same(one[:weights], other[:weights])
     assert not same(one, values(Network()))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_batches_of_a_step_that_was_interrupted_are_not_of_the_next_training(tmp_path, gamma):
+    class Interrupts(transformers.TrainerCallback):
+        def on_substep_end(self, *args, **kwargs):
+            trainer.remove_callback(self)
+            raise KeyboardInterrupt
+
+    seen = []
+    model = Network()
+    model.layers.register_forward_hook(lambda module, inputs, output: seen.append((current_pass(), len(inputs[0]))))
+    args = arguments(tmp_path, gradient_accumulation_steps=2, max_steps=1)
+    trainer = ESAMTrainer(model, args, train_dataset=DATA, gamma=gamma)
+    trainer.add_callback(Interrupts())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    seen.clear()
+    trainer.train()
+    assert [rows for name, rows in seen if name == "ascend"] == [8, 8]
