@@ -1,20 +1,24 @@
 """Which pass of a step is running, for models that keep state outside of buffers."""
 
 import threading
+from collections import defaultdict
 from functools import partial
 
 from ..eager import eager
 from ..step import Step
 
+Running = list[tuple[Step, str, str]]  # each with its pass and its first one; a closure may run another step
 
-class _Running(threading.local):
-    """The steps of this thread that are running, each with its pass and its first one; a closure may run another."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[Step, str, str]] = []
+_running: dict[int, Running] = defaultdict(list)  # by thread
 
 
-_running = _Running()
+def _here() -> Running:
+    """Of this thread, or if it has none and one other has, of that: a forward may use threads, and so may autograd."""
+    own = _running.get(threading.get_ident())
+    if own:
+        return own
+    others = list(_running.values())
+    return others[0] if len(others) == 1 else []
 
 
 @eager
@@ -28,19 +32,23 @@ def current_pass() -> str | None:
 
         if current_pass() in (None, first_pass()):
             self.update_momentum_encoder()
+
+    In a thread that runs no step it is the pass of the step that another thread runs, if there is one such.
     """
-    return _running.steps[-1][1] if _running.steps else None
+    steps = _here()
+    return steps[-1][1] if steps else None
 
 
 @eager
 def first_pass() -> str | None:
     """The first pass of the step that is running; None outside of a step."""
-    return _running.steps[-1][2] if _running.steps else None
+    steps = _here()
+    return steps[-1][2] if steps else None
 
 
 def enter(step: Step, name: str) -> None:
     """Say that a pass begins; the step's rollback takes it back."""
-    steps = _running.steps
+    steps = _running[threading.get_ident()]
     if steps and steps[-1][0] is step:
         steps[-1] = (step, name, steps[-1][2])
     else:
@@ -50,5 +58,8 @@ def enter(step: Step, name: str) -> None:
 
 def leave(step: Step) -> None:
     """Say that the step has no more passes; one that it runs in goes on."""
-    if _running.steps and _running.steps[-1][0] is step:
-        _running.steps.pop()
+    steps = _running[threading.get_ident()]
+    if steps and steps[-1][0] is step:
+        steps.pop()
+    if not steps:
+        del _running[threading.get_ident()]
