@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from .base import span
 from .rollback import Rollback
@@ -39,6 +40,8 @@ class Findings:
     forward_needs_graph: bool = False
     # Whether it has been looked for state that the passes of a step would share.
     watched: bool = False
+    # The base that keeps nothing of its parameters, as its last step showed; None if all keep something.
+    stateless_base: str | None = None
 
 
 class WrittenWeights:
@@ -116,7 +119,7 @@ class Buffers:
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._entries = [module._buffers for module in modules]
+        self._entries = [_own_buffers(module) for module in modules]
         for entries in self._entries:
             for name, buffer in entries.items():
                 if buffer is not None and _is_inference(buffer):
@@ -198,6 +201,12 @@ class FoundModels:
         return [root for root in roots if root is not None]
 
 
+def _own_buffers(module: nn.Module) -> dict[str, Any]:
+    """The dictionary that a module has its buffers in; one made anew if it has them elsewhere, as TorchScript's do."""
+    entries = module._buffers
+    return entries if isinstance(entries, dict) else dict(module.named_buffers(recurse=False))
+
+
 def _roots(ids: Collection[int]) -> Iterator[nn.Module]:
     # Not isinstance(), which asks objects for their class: proxies and lazy imports answer with errors.
     modules = [found for found in gc.get_objects() if issubclass(type(found), nn.Module) and "_modules" in vars(found)]
@@ -227,6 +236,9 @@ class ModelState:
         self._replicas = [module for module in self._modules if isinstance(module, DistributedDataParallel)]
         self.shards = ShardedModules(self._modules, params)
         self.params = params
+        own = {id(param) for param in params}
+        others = {id(param): param for model in models for param in model.parameters() if id(param) not in own}
+        self._others = list(others.values())
         self._devices = _accelerators(params)
 
     def serves(self, models: Sequence[nn.Module], params: Sequence[Tensor]) -> bool:
@@ -268,7 +280,8 @@ class ModelState:
         rollback.undo_by(buffers)
         rollback.undo_by(random_state)
         if not self.shards:  # FSDP2 replaces parameters itself
-            rollback.undo_by(keep_entries([module._parameters for module in self._modules]))
+            entries = [module._parameters for module in self._modules]  # in TorchScript they are fixed
+            rollback.undo_by(keep_entries([one for one in entries if isinstance(one, dict)]))
         sending = [one for one in self._replicas if one._check_sync_bufs_pre_fwd()] if several else []
         for replica in sending:
             replica._sync_buffers()
@@ -344,7 +357,7 @@ class ModelState:
         seen = {*map(id, trained), *map(id, self._modules), *map(id, buffers)}
         for module in self._modules:
             values = {name: value for name, value in vars(module).items() if name not in ("_buffers", "_modules")}
-            for name, value in (*values.pop("_parameters").items(), *values.items()):
+            for name, value in (*values.pop("_parameters", {}).items(), *values.items()):
                 yield from _tensors_in(value, f"{type(module).__name__}.{name}", seen)
 
     def keep_buffers(self) -> Callable[[], None]:
@@ -437,12 +450,37 @@ class ModelState:
 
         return unchanged
 
+    def set_aside_others(self, rollback: Rollback) -> Callable[[bool], None]:
+        """Put aside the gradients of the models' parameters that another optimizer trains, which are None then.
+
+        Returns:
+            The function to call afterwards: the gradients are those from before again, with what has been added since
+            if it is given True. If the step fails, they are those from before.
+        """
+        before = [(param, param.grad) for param in self._others if param.requires_grad and not self.shards]
+
+        def put_back(added: bool = False) -> None:
+            for param, grad in before:
+                if added and param.grad is not None:
+                    grad = param.grad if grad is None else grad + param.grad
+                param.grad = grad
+
+        rollback.undo_by(put_back)
+        for param, _ in before:
+            param.grad = None
+        return put_back
+
+    def gradients_of_others(self) -> list[Tensor]:
+        """The gradients of those that another optimizer trains."""
+        return [param.grad for param in self._others if param.grad is not None and not self.shards]
+
     def forget_weight_copies(self) -> None:
         """Give up copies of the weights, which survive in-place changes of the weights themselves.
 
-        They are autocast's low-precision ones, and those that FSDP2 has gathered.
+        They are autocast's low-precision ones, those of ``parametrize.cached()``, and those that FSDP2 has gathered.
         """
         torch.clear_autocast_cache()
+        getattr(parametrize, "_cache", {}).clear()
         self.shards.release()
 
 

@@ -49,6 +49,8 @@ def accumulate(
     state.forget_weight_copies()
     work = [(closure, index) for closure, index in zip(step.closures, rows) if index is None or len(index) > 0]
     done: list[MicroBatch] = []
+    # What this step adds to them is rescaled, and not what was there.
+    put_back = state.set_aside_others(step.rollback) if total is None and len(work) > 1 else None
 
     def add(closure: Closure, index: Tensor | None) -> None:
         seen = sum(one.total_weight for one in done)
@@ -58,7 +60,7 @@ def accumulate(
         weight = total
         if weight is None:  # how much is still to come: what is there becomes a running mean
             weight = seen + micro_batch.total_weight
-            grads = state.unsynchronized_gradients()
+            grads = state.unsynchronized_gradients() + (state.gradients_of_others() if put_back else [])
             if grads:
                 torch._foreach_mul_(grads, seen / divisor(weight))
         loss = scale(micro_batch.weighted_sum / divisor(weight))
@@ -70,6 +72,8 @@ def accumulate(
     for closure, index in work[:-1]:
         state.without_gradient_sync(add)(closure, index)
     add(*work[-1])
+    if put_back is not None:
+        put_back(True)
     return done
 
 

@@ -33,7 +33,9 @@ def ascend_by_closure(step: Step, closure: OrdinaryClosure) -> Ascent:
         ValueError: if a gradient is sparse.
         RuntimeError: if the closure made none.
     """
+    put_back = step.model_state.set_aside_others(step.rollback)
     losses = _run(step, closure, last=False)
+    put_back(False)
     weights = drawn(step)
     grads = [weight.param.grad for weight in weights]
     for weight, grad in zip(weights, grads):

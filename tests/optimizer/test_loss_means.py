@@ -133,3 +133,20 @@ def test_low_precision_logits_are_summed_in_float32():
 def test_shapes_that_do_not_fit_are_refused(logits, targets):
     with pytest.raises(ValueError, match=r"logits \[b, T, V\] and targets \[b, T\]"):
         token_loss(torch.zeros(logits), torch.zeros(targets, dtype=torch.long))
+
+
+@pytest.mark.parametrize("options", [{"ascent": "momentum"}, {"rho": 0.0}, {}], ids=str)
+@pytest.mark.parametrize("before", [False, True])
+def test_weights_of_another_optimizer_get_the_mean_over_micro_batches(options, before):
+    """Also with a gradient from before, to which it is added."""
+    model, twin = mlp(), mlp()
+    inputs, targets = batches(1)[0]
+    options = {"rho": 1e-9, "beta": 1, "gamma": 1, "momentum": 0.9} | options
+    optimizer = ESAM(model[0].parameters(), torch.optim.SGD, lr=0.1, **options)
+    for one in (model, twin) if before else ():
+        cross_entropy(one[2](torch.ones(2, 8)), targets[:2]).sum().backward()
+    parts = [slice(0, 2), slice(2, 5), slice(5, None)]
+    optimizer.backward([batch_closure(model, cross_entropy, inputs[part], targets[part]) for part in parts])
+    cross_entropy(twin(inputs), targets).mean().backward()
+    for param, other in zip(model[2].parameters(), twin[2].parameters()):
+        torch.testing.assert_close(param.grad, other.grad)

@@ -413,3 +413,25 @@ def test_after_a_base_step_that_failed_the_next_step_is_sharp_again():
     handle.remove()
     optimizer.step(closure)
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_weights_of_another_optimizer_get_the_gradient_of_the_last_call(before):
+    model, twin = mlp(), mlp()
+    optimizer = ESAM(model[0].parameters(), torch.optim.SGD, lr=0.1, rho=0.5, beta=1, gamma=1)
+    inputs, targets = batches(1)[0]
+    if before:
+        cross_entropy(model[2](torch.ones(2, 8)), targets[:2]).backward()
+        had = model[2].weight.grad.clone()
+    optimizer.step(ordinary(model, optimizer, inputs, targets))
+    with torch.no_grad():  # the first layer, at w + e
+        cross_entropy(twin(inputs), targets)
+    loss = cross_entropy(twin(inputs), targets)
+    ascent = torch.autograd.grad(loss, list(twin[0].parameters()))
+    norm = torch.stack([one.norm() for one in ascent]).norm()
+    with torch.no_grad():
+        for param, one in zip(twin[0].parameters(), ascent):
+            param += 0.5 * one / norm
+    cross_entropy(twin(inputs), targets).backward()
+    expected = twin[2].weight.grad + (had if before else 0)
+    torch.testing.assert_close(model[2].weight.grad, expected)
