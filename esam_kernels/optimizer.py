@@ -24,7 +24,7 @@ from .passes.ascend import Ascent, check_gradient
 from .passes.draw import drawn
 from .passes.ordinary import check_ordinary
 from .passes.perturb import Perturbation, perturb
-from .passes.sources import copy_gradients, keep_gradients
+from .passes.sources import copy_gradients, keep_gradients, stateless_base
 from .rollback import Rollback
 from .sharding import check_same_on_ranks, is_sharded
 from .step import Step, Weight
@@ -128,7 +128,7 @@ class ESAM(torch.optim.Optimizer):
         # Optimizer.__init__ is not called: it would make groups, state and hooks beside the base optimizer's.
         given = {name: base_options.pop(name) for name in OPTIONS if name in base_options}
         made, keys = make_base(params, base, base_options)
-        values = options.make(given, "betas" in made.defaults)
+        values = options.make(given, all("betas" in each.defaults for each in each_of(made)))
         settings = {keys[name]: value for name, value in values.items()}
         # What a group says of itself holds, unless another ESAM said it, whose checkpoint the base has loaded.
         groups = [settings if STEP in group else {**settings, **group} for group in made.param_groups]
@@ -343,6 +343,7 @@ class ESAM(torch.optim.Optimizer):
             copies = self._gradients_to_keep()
             self.base.step()
             keep_gradients(self.state, copies)
+            self._find_stateless_base()
             self._progress.has_gradient = self._progress.restored = False
 
         Rollback().run(work)
@@ -470,8 +471,9 @@ class ESAM(torch.optim.Optimizer):
 
     # What stands in the parameter groups.
 
+    # Not _step_count, which torch's schedulers and others set on optimizers.
     @property
-    def _step_count(self) -> int:
+    def _number(self) -> int:
         return self.param_groups[0][self._keys[STEP]]
 
     def _set_step_count(self, count: int) -> None:
@@ -518,9 +520,17 @@ class ESAM(torch.optim.Optimizer):
             check_same_on_ranks(values, [param for param in params_of(self.param_groups) if is_sharded(param)])
             findings.agreed = True
         return Step(
-            self._step_count, settings, weights, closures, model_state, rollback, self.state, findings, grad_scaler,
+            self._number, settings, weights, closures, model_state, rollback, self.state, findings, grad_scaler,
             ordinary,
         )  # fmt: skip
+
+    def _find_stateless_base(self) -> None:
+        """After the base's step: whether it keeps what the next steps are to climb along."""
+        found = None
+        if self.param_groups[0][self._keys["ascent"]] == "momentum":
+            rho = self._keys["rho"]
+            found = stateless_base(each_of(self.base), lambda group: group.get(rho, 0) > 0)
+        self._progress.findings.stateless_base = found
 
     def _gradients_to_keep(self) -> dict[Tensor, Tensor]:
         """Those that the next steps may climb along, copied; none unless ``ascent`` is "previous"."""

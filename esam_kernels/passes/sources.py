@@ -3,7 +3,7 @@
 Source: MSAM (Becker et al., arXiv 2401.12033) for the base's first moment. Its sign is in ``schedule.coefficient``.
 """
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,10 @@ from .ascend import Ascent
 from .draw import drawn
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")  # of Adam and its kin, Lion and others; of SGD, RMSprop and Muon
+ADVICE = (
+    f"take one that keeps {' or '.join(FIRST_MOMENTS)} in the parameter's shape, such as SGD with momentum or AdamW, "
+    "or set ascent='previous' or 'gradient'"
+)
 PREVIOUS = "esam_previous"  # stands in the state of a parameter beside what the base optimizer keeps there
 
 
@@ -25,6 +29,11 @@ def along_momentum(step: Step) -> Ascent:
     Raises:
         ValueError: if the base optimizer keeps none.
     """
+    if step.findings.stateless_base is not None:
+        raise ValueError(
+            f"ascent = 'momentum' needs a first moment, and {step.findings.stateless_base} has taken a step and keeps "
+            f"nothing of its parameters in its state: {ADVICE}"
+        )
     weights = drawn(step)
     return Ascent(weights, [first_moment(weight, step.base_state.get(weight.param, {})) for weight in weights])
 
@@ -49,10 +58,23 @@ def first_moment(weight: Weight, state: Mapping[str, Any]) -> Tensor | None:
         return None
     raise ValueError(
         f"ascent = 'momentum' needs a first moment, and of parameter {weight.tensor_id}, of shape "
-        f"{list(weight.param.shape)}, the base optimizer keeps only {', '.join(state)}: take one that keeps "
-        f"{' or '.join(FIRST_MOMENTS)} in the parameter's shape, such as SGD with momentum or AdamW, or set "
-        "ascent='previous' or 'gradient'"
+        f"{list(weight.param.shape)}, the base optimizer keeps only {', '.join(state)}: {ADVICE}"
     )
+
+
+def stateless_base(bases: Sequence[torch.optim.Optimizer], is_sharp: Callable[[Mapping[str, Any]], bool]) -> str | None:
+    """The name of a base that has just taken a step, and keeps nothing of any parameter it was taken with; or None.
+
+    Args:
+        bases: of which each is looked at by itself.
+        is_sharp: whether the parameters of a group are perturbed.
+    """
+    for base in bases:
+        groups = [group for group in base.param_groups if is_sharp(group)]
+        taken = [param for group in groups for param in group["params"] if param.grad is not None]
+        if taken and not any(base.state.get(param) for param in taken):
+            return type(base).__name__
+    return None
 
 
 def copy_gradients(params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> dict[Tensor, Tensor]:
@@ -81,6 +103,7 @@ def keep_gradients(state: MutableMapping[Tensor, dict[str, Any]], copies: Mappin
     Only after the base optimizer's step: many take a state that is not empty for one that they have made.
     """
     for entry in state.values():
-        entry.pop(PREVIOUS, None)
+        if isinstance(entry, dict):  # some bases keep what is no parameter's there, too
+            entry.pop(PREVIOUS, None)
     for param, copy in copies.items():
         state.setdefault(param, {})[PREVIOUS] = copy

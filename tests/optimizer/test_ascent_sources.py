@@ -591,3 +591,42 @@ def test_weights_that_a_forward_writes_are_put_back_when_the_only_pass_fails(opt
         assert same(before, values(model))
         optimizer.step(batch_closure(model, cross_entropy, inputs, targets))
     assert optimizer._progress.findings.written == [0]
+
+
+class Stateless(torch.optim.Optimizer):
+    """Keeps nothing of its parameters in ``state``; something else may be there."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+        self.state["k"] = torch.zeros(())
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                param -= group["lr"] * param.grad.sign()
+        self.state["k"] += 1
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_momentum_is_refused_over_a_base_that_keeps_nothing_once_it_has_stepped(several):
+    model = network()
+    base = Stateless(model[0].parameters() if several else model.parameters())
+    others = [torch.optim.SGD(model[2:].parameters(), lr=0.1, momentum=0.9)] if several else []
+    optimizer = ESAM(None, [base, *others] if several else base, ascent="momentum", beta=1)
+    train(model, optimizer, data(1))
+    before = values(model)
+    with pytest.raises(ValueError, match=r"Stateless.*keeps nothing.*exp_avg or momentum_buffer.*'previous'"):
+        train(model, optimizer, data(2)[1:])
+    assert same(before, values(model))
+    for group in optimizer.param_groups:
+        group["ascent"] = "gradient"
+    train(model, optimizer, data())
+
+
+@pytest.mark.parametrize("ascent", ["gradient", "previous"])
+def test_what_a_base_keeps_beside_its_parameters_stays(ascent):
+    model = network()
+    optimizer = ESAM(model.parameters(), Stateless, ascent=ascent, beta=1)
+    train(model, optimizer, data())
+    assert optimizer.state["k"] == STEPS
