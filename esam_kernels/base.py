@@ -243,11 +243,11 @@ def span(param: Tensor) -> tuple[int, int]:
 
 def _addresses(param: Tensor) -> Tensor:
     """The address of each of its bytes, int64."""
-    places = torch.zeros((), dtype=torch.int64)
+    places = torch.zeros((), dtype=torch.int64, device="cpu")
     for size, stride in zip(param.shape, param.stride()):
-        places = places[..., None] + torch.arange(size) * stride
+        places = places[..., None] + torch.arange(size, device="cpu") * stride
     size = param.element_size()
-    return param.data_ptr() + (places.flatten()[:, None] * size + torch.arange(size)).flatten()
+    return param.data_ptr() + (places.flatten()[:, None] * size + torch.arange(size, device="cpu")).flatten()
 
 
 def storage_of(params: Sequence[Tensor]) -> list[int]:

@@ -159,8 +159,8 @@ def element_words(
 
 def tensor_words(seed: int, steps: Sequence[int], tensor_ids: Sequence[int]) -> Tensor:
     """For each step and tensor, the word that decides whether it is drawn: int64 [steps, tensors], on the CPU."""
-    ids = torch.tensor(tensor_ids, dtype=torch.int64).expand(len(steps), -1)
-    numbers = torch.tensor([step & _WORD for step in steps])[:, None].expand_as(ids)
+    ids = torch.tensor(tensor_ids, dtype=torch.int64, device="cpu").expand(len(steps), -1)
+    numbers = torch.tensor([step & _WORD for step in steps], device="cpu")[:, None].expand_as(ids)
     zero = torch.zeros_like(ids)
     return philox4x32((zero, zero + (TENSOR_STREAM << 24), ids, numbers), philox_key(seed))[0]
 

@@ -16,7 +16,7 @@ from .descend import accumulate, loss_scale
 from .draw import drawn, random_scores
 from .evaluate import MicroBatch, divisor, steered
 from .partial_gradients import needed_edges
-from .select import at_least, extents
+from .select import at_least, extents, without_padding
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ def ascent_rows(step: Step, before: Sequence[MicroBatch]) -> list[Tensor | None]
     if share == 1:
         return [None] * len(step.closures)
     scores = [random_scores(step, ASCENT_STREAM, i, *extent) for i, extent in enumerate(extents(step, before))]
+    if before:
+        scores = [without_padding(x, one) for x, one in zip(scores, before)]
     counts = [at_least(step, count_of(share, len(x)), len(x)) for x in scores]
     return [ops.select_top(torch.zeros_like(x), x, k) for x, k in zip(scores, counts)]
 
@@ -95,6 +97,9 @@ def ascend_on_replica(
             grads[i] = grad if total is None else total if grad is None else total + grad
             found[i] = None  # two lists are in memory at most
         del micro_batch, loss, found  # the graph, with its activations, before the next one is built
+    for param in step.model_state.params:  # what a backward inside the graph's, as of reversible layers, has left there
+        if param.grad is not None:
+            param.grad = None
     return losses, grads
 
 

@@ -129,7 +129,7 @@ def one_loss(result: Any) -> list[MicroBatch]:
     """What an ordinary closure returned, as a micro-batch of one row; nothing if it is no loss."""
     loss = loss_in(result)
     if isinstance(loss, float):
-        loss = torch.tensor(loss)
+        loss = torch.tensor(loss, device="cpu")
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.dtype.is_floating_point:
         return []
     dtype = torch.promote_types(loss.dtype, torch.float32)

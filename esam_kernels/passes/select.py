@@ -75,15 +75,14 @@ def select(step: Step, before: Sequence[MicroBatch], after: Sequence[MicroBatch]
         high = [one.losses for one in (after if settings.selection == "increase" else before)]
     low = [one.losses for one in before] if settings.selection == "increase" else [torch.zeros_like(x) for x in high]
     for i, one in enumerate(before):
-        if one.sample_weights is not None:  # what has no weight, such as rows of padding, comes last
-            padding = one.sample_weights == 0
-            low[i], high[i] = low[i].masked_fill(padding, 0), high[i].masked_fill(padding, -math.inf)
+        if one.sample_weights is not None:
+            low[i], high[i] = low[i].masked_fill(one.sample_weights == 0, 0), without_padding(high[i], one)
     sizes = [len(x) for x in low]
     if settings.select_over == "micro_batch" or len(high) == 1:
         counts = [at_least(step, count_of(settings.gamma, size), size) for size in sizes]
         return [ops.select_top(a, b, k) for a, b, k in zip(low, high, counts)]
     index = ops.select_top(torch.cat(low), torch.cat(high), count_of(settings.gamma, sum(sizes)))
-    ends = torch.tensor(sizes).cumsum(0)
+    ends = torch.tensor(sizes, device="cpu").cumsum(0)
     # How many rows each micro-batch gets is known on the device alone: the one synchronization of this option.
     cuts = torch.searchsorted(index, ends.to(index.device)).tolist()
     starts = [0, *ends.tolist()]
@@ -92,6 +91,12 @@ def select(step: Step, before: Sequence[MicroBatch], after: Sequence[MicroBatch]
         if len(one) > 0 and (k := at_least(step, len(one), len(a))) > len(one):
             rows[i] = ops.select_top(a, b, k)  # which contains the one
     return rows
+
+
+def without_padding(scores: Tensor, rows: MicroBatch) -> Tensor:
+    """Scores by which rows without weight, such as those of padding, come last."""
+    weights = rows.sample_weights
+    return scores if weights is None else scores.masked_fill(weights == 0, -math.inf)
 
 
 def at_least(step: Step, count: int, size: int) -> int:

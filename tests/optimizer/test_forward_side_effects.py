@@ -385,3 +385,25 @@ def test_a_buffer_that_was_made_under_inference_mode_is_kept():
     model[1].register_forward_hook(lambda module, _, x: x + module.cached)
     optimizer_of(model).backward(batch_closure(model, cross_entropy, *batches(1)[0]))
     assert torch.equal(model[1].cached, torch.full((8,), 0.5))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + weight
+
+
+@pytest.mark.parametrize("options", [{}, {"gamma": 1.0}, {"ascent": "momentum", "momentum": 0.9}], ids=str)
+def test_cached_parametrizations_are_those_of_the_pass_that_runs(options):
+    model, twin = mlp(), mlp()
+    for one in (model, twin):
+        parametrize.register_parametrization(one[0], "weight", Doubled())
+    one, other = optimizer_of(model, **options), optimizer_of(twin, **options)
+    for inputs, targets in batches(3):
+        with parametrize.cached():
+            one.backward(batch_closure(model, cross_entropy, inputs, targets))
+            assert torch.equal(model[0].weight, 2 * model[0].parametrizations.weight.original)
+        other.backward(batch_closure(twin, cross_entropy, inputs, targets))
+        assert same(grads(model), grads(twin))
+        one.step()
+        other.step()
+    assert same(values(model), values(twin))

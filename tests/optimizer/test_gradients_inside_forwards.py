@@ -154,3 +154,45 @@ def test_another_error_in_the_look_pass_is_raised(error):
     closure = batch_closure(model, cross_entropy, INPUTS, TARGETS)
     optimizer.step(lambda index: seen.append(torch.is_grad_enabled()) or closure(index))
     assert seen == [True, False, True]  # it has not been taken for a forward that needs a graph
+
+
+class Reversible(torch.autograd.Function):
+    """Computes its block anew in its backward, as layers do that save no activations, and runs its backward there."""
+
+    @staticmethod
+    def forward(ctx, x, block):
+        ctx.block = block
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return block(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.block(x), grad)
+        return x.grad, None
+
+
+class WithReversible(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(Reversible.apply(self.first(x), self.block))
+
+
+def test_a_backward_inside_the_backward_counts_once():
+    torch.manual_seed(0)
+    model = WithReversible()
+    cross_entropy(model(INPUTS), TARGETS).mean().backward()
+    expected = [param.grad for param in model.parameters()]
+    groups = [
+        {"params": [*model.first.parameters(), *model.last.parameters()]},
+        {"params": model.block.parameters(), "rho": 0.0},
+    ]
+    optimizer = ESAM(groups, torch.optim.SGD, lr=0.1, rho=1e-9, beta=1, gamma=1)
+    optimizer.backward(batch_closure(model, cross_entropy, INPUTS, TARGETS))
+    for param, grad in zip(model.parameters(), expected):
+        torch.testing.assert_close(param.grad, grad)

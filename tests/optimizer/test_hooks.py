@@ -133,3 +133,9 @@ def test_a_wrapper_registers_as_itself():
     wrapper.register_step_post_hook(lambda one, *_: seen.append(one))
     train(model, wrapper, DATA[:1])
     assert [one is expected for one, expected in zip(seen, (optimizer, wrapper), strict=True)] == [True, True]
+
+
+def test_who_counts_the_steps_of_an_optimizer_may_do_so():
+    optimizer = ESAM(mlp().parameters(), torch.optim.SGD, lr=0.1)
+    optimizer._step_count = 5
+    assert optimizer.param_groups[0]["esam_step"] == 0

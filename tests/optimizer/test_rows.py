@@ -215,3 +215,26 @@ def test_micro_batches_that_are_selected_over_together_give_none_or_two_rows_to_
         found.add(tuple(one))
     assert len(found) > 1
     assert taken(8, mlp(), pieces=4, select_over="all", selection="random", seed=0) != [2] * 4
+
+
+@pytest.mark.parametrize("selection", ["increase", "random"])
+def test_a_share_of_the_rows_leaves_out_padding_where_weights_are_known(selection):
+    """Nine of ten rows have no weight: a direction of theirs would be none."""
+    model = mlp()
+    inputs, targets = batches(1, size=20)[0]
+    weights = torch.tensor([1.0, 0.0] + 18 * [0.0])
+    rows = []
+
+    def closure(index):
+        index = torch.arange(20) if index is None else index
+        rows.append(index)
+        return cross_entropy(model(inputs[index]), targets[index]), weights[index]
+
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, ascent_share=0.25, selection=selection, model=model)
+    for _ in range(8):
+        rows.clear()
+        optimizer.backward(closure)
+        assert len(rows[1]) == 5
+        assert 0 in rows[1]
+        assert optimizer.last_step.norm > 0
+        optimizer.step()

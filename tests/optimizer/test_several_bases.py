@@ -278,3 +278,10 @@ def test_a_direction_that_one_of_them_does_not_have_is_refused(second):
 def test_options_of_a_base_are_not_taken():
     with pytest.raises(ValueError, match="lr cannot be set"):
         ESAM(None, bases(mlp()), lr=0.1)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_default_radius_does_not_depend_on_their_order(order):
+    model = mlp()
+    bases = [torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.9), torch.optim.AdamW(model[2:].parameters())]
+    assert ESAM(None, bases[::order], ascent="momentum").param_groups[0]["rho"] == 0.3

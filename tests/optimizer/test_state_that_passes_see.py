@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -510,3 +511,43 @@ def test_nothing_is_said_of_what_no_forward_writes():
         warnings.simplefilter("error")
         train(model, sgd(model.inner), DATA)
     assert all(value.isfinite().all() for value in values(model))
+
+
+@pytest.mark.parametrize("options", [{}, {"ascent": "momentum", "gamma": 1.0, "momentum": 0.9}], ids=str)
+def test_a_forward_in_another_thread_is_of_the_same_pass(options):
+    model, seen = mlp(), []
+
+    def forward(inputs: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            seen.append(pool.submit(lambda: (current_pass(), first_pass())).result())
+        return model(inputs)
+
+    train(forward, sgd(model, **options), DATA[:1])
+    first = seen[0][0]
+    assert {second for _, second in seen} == {first} != {None}
+    assert len(seen) == len({name for name, _ in seen})
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(current_pass).result() is None
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, partial(torch.jit.trace, example_inputs=DATA[0][0])])
+@pytest.mark.parametrize("part", [False, True])
+def test_modules_of_torchscript(make, part):
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    scripted, plain = make(copy.deepcopy(model)), model
+    plain.load_state_dict(scripted.state_dict())  # a trace is a forward
+    network = nn.Sequential(scripted) if part else scripted
+    train(plain, sgd(plain, gamma=1.0), DATA)
+    train(network, sgd(network, gamma=1.0), DATA)
+    for one, other in zip((*network.parameters(), *network.buffers()), (*plain.parameters(), *plain.buffers())):
+        torch.testing.assert_close(one, other)
+
+    def fails(inputs: Tensor, targets: Tensor) -> Tensor:
+        raise ValueError("mine")
+
+    before = values(network)
+    with pytest.raises(ValueError, match="mine") as raised:
+        sgd(network).backward(batch_closure(network, fails, *DATA[0]))
+    assert not getattr(raised.value, "__notes__", [])
+    assert all(torch.equal(one, other) for one, other in zip(before, values(network)))

@@ -190,3 +190,13 @@ def test_ids_survive_add_param_group(granularity):
         elif any(torch.tensor(mask).any() for mask in theirs[:4]):
             assert mine[:4] == theirs[:4]
             assert not any(torch.tensor(mask).any() for mask in mine[4:])
+
+
+def test_draws_are_made_on_the_cpu_whatever_the_default_device():
+    model = mlp()
+    closures = [batch_closure(model, cross_entropy, *batch) for batch in batches(2)]
+    with torch.device("meta"):
+        optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, select_over="all")
+        optimizer.backward(closures)
+    optimizer.step()
+    assert all(param.device.type == "cpu" for param in model.parameters())
