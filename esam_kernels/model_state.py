@@ -237,8 +237,8 @@ class ModelState:
         self.shards = ShardedModules(self._modules, params)
         self.params = params
         own = {id(param) for param in params}
-        others = {id(param): param for model in models for param in model.parameters() if id(param) not in own}
-        self._others = list(others.values())
+        found = {id(param): param for module in self._modules for param in module._parameters.values()}
+        self._others = [param for key, param in found.items() if param is not None and key not in own]
         self._devices = _accelerators(params)
 
     def serves(self, models: Sequence[nn.Module], params: Sequence[Tensor]) -> bool:
@@ -450,14 +450,14 @@ class ModelState:
 
         return unchanged
 
-    def set_aside_others(self, rollback: Rollback) -> Callable[[bool], None]:
+    def set_aside_others(self, rollback: Rollback) -> Callable[..., None]:
         """Put aside the gradients of the models' parameters that another optimizer trains, which are None then.
 
         Returns:
-            The function to call afterwards: the gradients are those from before again, with what has been added since
-            if it is given True. If the step fails, they are those from before.
+            The function to call afterwards: the gradients are those from before again, and with ``added=True`` what has
+            been added since is added to them. If the step fails, they are those from before.
         """
-        before = [(param, param.grad) for param in self._others if param.requires_grad and not self.shards]
+        before = [(param, param.grad) for param in self._trained_by_others()]
 
         def put_back(added: bool = False) -> None:
             for param, grad in before:
@@ -472,7 +472,11 @@ class ModelState:
 
     def gradients_of_others(self) -> list[Tensor]:
         """The gradients of those that another optimizer trains."""
-        return [param.grad for param in self._others if param.grad is not None and not self.shards]
+        return [param.grad for param in self._trained_by_others() if param.grad is not None]
+
+    def _trained_by_others(self) -> list[Tensor]:
+        # FSDP2's gradients are elsewhere until they are reduced.
+        return [] if self.shards else [param for param in self._others if param.requires_grad]
 
     def forget_weight_copies(self) -> None:
         """Give up copies of the weights, which survive in-place changes of the weights themselves.

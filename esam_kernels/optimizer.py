@@ -528,8 +528,7 @@ class ESAM(torch.optim.Optimizer):
         """After the base's step: whether it keeps what the next steps are to climb along."""
         found = None
         if self.param_groups[0][self._keys["ascent"]] == "momentum":
-            rho = self._keys["rho"]
-            found = stateless_base(each_of(self.base), lambda group: group.get(rho, 0) > 0)
+            found = stateless_base(each_of(self.base), self._keys["rho"])
         self._progress.findings.stateless_base = found
 
     def _gradients_to_keep(self) -> dict[Tensor, Tensor]:

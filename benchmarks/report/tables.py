@@ -92,8 +92,7 @@ def _places(sweeps: Sequence[dict[str, Any]]) -> list[str]:
     """Where and with what they were measured, less the time of day: a machine once, with all its commits and days."""
     found: dict[str, list[list[str]]] = {}
     for sweep in sweeps:
-        where, commit, date = machine(sweep).removesuffix(".").rsplit("; ", 2)
-        found.setdefault(where, []).append([commit.removeprefix("commit "), date.partition(" ")[0]])
+        found.setdefault(_device_and_torch(sweep), []).append([_commit(sweep), sweep["environment"]["date"].split()[0]])
     listed = {where: [", ".join(dict.fromkeys(each)) for each in zip(*pairs)] for where, pairs in found.items()}
     return [f"{where}; commit {commits}; {days}." for where, (commits, days) in listed.items()]
 
@@ -528,14 +527,22 @@ def _operators(rows: list[dict[str, Any]]) -> str:
 
 def machine(result: dict[str, Any]) -> str:
     """One line on where and with what a result was measured."""
+    return f"{_device_and_torch(result)}; commit {_commit(result)}; {result['environment']['date']}."
+
+
+def _commit(result: dict[str, Any]) -> str:
+    env = result["environment"]
+    return env["commit"] + (" with uncommitted changes" if env["uncommitted_changes"] else "")
+
+
+def _device_and_torch(result: dict[str, Any]) -> str:
     env = result["environment"]
     cpu = f"{env['cpu']}, {env['cpu_cores']} cores{_bf16_units(env)}"
     device = env["gpu"] if result["settings"]["device"] == "cuda" else cpu
     if result["settings"]["device"] == "cuda":
         matmul, convolution = ("with" if env[f"tf32_{what}"] else "without" for what in ("matmul", "convolution"))
         device += f", matrix products {matmul} TF32, convolutions {convolution}"
-    dirty = " with uncommitted changes" if env["uncommitted_changes"] else ""
-    return f"{device}; torch {env['torch']}; commit {env['commit']}{dirty}; {env['date']}."
+    return f"{device}; torch {env['torch']}"
 
 
 def _bf16_units(env: Mapping[str, Any]) -> str:

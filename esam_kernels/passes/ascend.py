@@ -75,6 +75,7 @@ def ascend_on_replica(
 ) -> tuple[list[MicroBatch], list[Tensor | None]]:
     """The gradient of this rank's own samples, as the SAM paper has it for data parallelism."""
     step.model_state.forget_weight_copies()
+    put_back = step.model_state.set_aside_others(step.rollback)
     params = [weight.param for weight in weights]
     evaluate, scale = steered(step), loss_scale(step)
     losses: list[MicroBatch] = []
@@ -97,9 +98,10 @@ def ascend_on_replica(
             grads[i] = grad if total is None else total if grad is None else total + grad
             found[i] = None  # two lists are in memory at most
         del micro_batch, loss, found  # the graph, with its activations, before the next one is built
-    for param in step.model_state.params:  # what a backward inside the graph's, as of reversible layers, has left there
-        if param.grad is not None:
-            param.grad = None
+    # What a backward inside the graph's own, as of reversible layers, has left in .grad is not the last pass's.
+    for param in step.model_state.params:
+        param.grad = None
+    put_back()
     return losses, grads
 
 

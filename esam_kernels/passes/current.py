@@ -58,8 +58,9 @@ def enter(step: Step, name: str) -> None:
 
 def leave(step: Step) -> None:
     """Say that the step has no more passes; one that it runs in goes on."""
-    steps = _running[threading.get_ident()]
+    thread = threading.get_ident()
+    steps = _running.get(thread, [])
     if steps and steps[-1][0] is step:
         steps.pop()
     if not steps:
-        del _running[threading.get_ident()]
+        _running.pop(thread, None)

@@ -73,7 +73,7 @@ def accumulate(
         state.without_gradient_sync(add)(closure, index)
     add(*work[-1])
     if put_back is not None:
-        put_back(True)
+        put_back(added=True)
     return done
 
 

@@ -35,7 +35,7 @@ def ascend_by_closure(step: Step, closure: OrdinaryClosure) -> Ascent:
     """
     put_back = step.model_state.set_aside_others(step.rollback)
     losses = _run(step, closure, last=False)
-    put_back(False)
+    put_back()
     weights = drawn(step)
     grads = [weight.param.grad for weight in weights]
     for weight, grad in zip(weights, grads):

@@ -3,7 +3,7 @@
 Source: MSAM (Becker et al., arXiv 2401.12033) for the base's first moment. Its sign is in ``schedule.coefficient``.
 """
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -62,15 +62,15 @@ def first_moment(weight: Weight, state: Mapping[str, Any]) -> Tensor | None:
     )
 
 
-def stateless_base(bases: Sequence[torch.optim.Optimizer], is_sharp: Callable[[Mapping[str, Any]], bool]) -> str | None:
+def stateless_base(bases: Sequence[torch.optim.Optimizer], rho: str) -> str | None:
     """The name of a base that has just taken a step, and keeps nothing of any parameter it was taken with; or None.
 
     Args:
         bases: of which each is looked at by itself.
-        is_sharp: whether the parameters of a group are perturbed.
+        rho: under what a group has its radius.
     """
     for base in bases:
-        groups = [group for group in base.param_groups if is_sharp(group)]
+        groups = [group for group in base.param_groups if group[rho] > 0]
         taken = [param for group in groups for param in group["params"] if param.grad is not None]
         if taken and not any(base.state.get(param) for param in taken):
             return type(base).__name__

@@ -183,7 +183,8 @@ class WithReversible(nn.Module):
         return self.last(Reversible.apply(self.first(x), self.block))
 
 
-def test_a_backward_inside_the_backward_counts_once():
+@pytest.mark.parametrize("by_another", [False, True], ids=["rho = 0", "of another optimizer"])
+def test_a_backward_inside_the_backward_counts_once(by_another):
     torch.manual_seed(0)
     model = WithReversible()
     cross_entropy(model(INPUTS), TARGETS).mean().backward()
@@ -192,7 +193,9 @@ def test_a_backward_inside_the_backward_counts_once():
         {"params": [*model.first.parameters(), *model.last.parameters()]},
         {"params": model.block.parameters(), "rho": 0.0},
     ]
+    groups = groups[:1] if by_another else groups
     optimizer = ESAM(groups, torch.optim.SGD, lr=0.1, rho=1e-9, beta=1, gamma=1)
+    model.zero_grad()
     optimizer.backward(batch_closure(model, cross_entropy, INPUTS, TARGETS))
     for param, grad in zip(model.parameters(), expected):
         torch.testing.assert_close(param.grad, grad)
