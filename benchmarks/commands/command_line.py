@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,12 @@ def make_training_parser(description: str) -> argparse.ArgumentParser:
     add("--base", choices=BASES, default="sgd", help="the base optimizer of all methods; default: %(default)s")
     add("--image-size", type=int, metavar="PIXELS", help="make the images so small first; default: as they are")
     add("--train-samples", type=int, metavar="N", help="train on so many images only; default: all")
+    add(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="shift and mirror training images; without it a network learns them by heart in fewer epochs",
+    )
     add("--label-noise", type=float, metavar="SHARE", default=0.0, help="share of training labels made wrong")
     add("--epochs", type=int, help="the learning rate anneals over them")
     add("--seeds", type=int, default=3, help="how many; default: %(default)s")
@@ -199,6 +206,8 @@ def training_images(args: argparse.Namespace) -> data.ImageData:
     chosen = images(args)
     if args.image_size is not None:
         chosen = data.shrink(chosen, args.image_size)
+    if not args.augment:
+        chosen = replace(chosen, label=f"{chosen.label}, not augmented", pad=0, flip=False)
     if getattr(args, "validation_samples", None):
         args.validation = noisy(args, data.hold_out(chosen, args.train_samples or 0, args.validation_samples))
     if args.train_samples is not None:

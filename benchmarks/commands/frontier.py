@@ -460,12 +460,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def stem_of(args: argparse.Namespace) -> str:
-    """What the files of a task are named: by its data, and by network, base and noise where they are not the usual."""
+    """What the files of a task are named: by its data, and by what is not the usual of it: network, base, noise."""
     usual = {"base": "sgd", "label_noise": 0.0} | command_line.RECIPES[args.data] | RECIPES.get(args.data, {})
     parts = ["frontier", args.data]
     parts += [str(getattr(args, name)) for name in ("model", "base") if getattr(args, name) != usual[name]]
     if args.label_noise != usual["label_noise"]:
         parts.append(f"noise{args.label_noise:g}")
+    if not args.augment:
+        parts.append("plain")
     return "_".join([*parts, args.device])
 
 

@@ -109,6 +109,7 @@ def task(sweep: dict[str, Any]) -> str:
     parts = [{"cifar10": "CIFAR-10", "digits": "digits"}.get(settings["data"], settings["data"])]
     parts += [settings["model"]] if settings["model"] == "vit_s" else []
     parts += [base] if (base := _other_base(sweep)) else []
+    parts += [] if settings.get("augment", True) else ["not augmented"]
     return ", ".join(parts) + (f" ({100 * settings['label_noise']:.0f} % wrong)" if settings["label_noise"] else "")
 
 

@@ -527,6 +527,18 @@ def test_label_noise_makes_its_share_of_the_training_labels_wrong():
         data.flip_labels(images, 1.5)
 
 
+def test_images_that_are_not_augmented_are_those_that_there_are(tmp_path):
+    plain, usual = sweep(tmp_path, "--no-augment").images, sweep(tmp_path).images
+    (inputs, labels), *_ = plain.train_batches(200, torch.Generator().manual_seed(0))
+    (shifted, same), *_ = usual.train_batches(200, torch.Generator().manual_seed(0))
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(inputs, plain.normalize(plain.train_images[order]))
+    assert torch.equal(labels, plain.train_labels[order])
+    assert torch.equal(labels, same)
+    assert not torch.equal(shifted, inputs)
+    assert ", not augmented" in plain.label
+
+
 # The job.
 
 
@@ -661,6 +673,7 @@ def test_a_sweep_goes_on_beyond_training_that_diverges(tmp_path, capsys, monkeyp
         (["--data", "cifar10"], "frontier_cifar10_cpu"),
         (["--data", "cifar10", "--model", "vit_s", "--base", "adamw"], "frontier_cifar10_vit_s_adamw_cpu"),
         (["--data", "cifar10", "--label-noise", "0.2"], "frontier_cifar10_noise0.2_cpu"),
+        (["--data", "cifar10", "--no-augment"], "frontier_cifar10_plain_cpu"),
     ],
 )
 def test_tasks_do_not_overwrite_each_others_results(given, stem):
