@@ -114,6 +114,11 @@ def make_base(
             f"{kind.__name__} has an option {taken[0]!r} of its own: make it first and give the optimizer as base, "
             f"ESAM(None, {kind.__name__}(params, {taken[0]}=...), {taken[0]}=...)"
         )
+    if params is None or isinstance(params, torch.nn.Module):
+        raise TypeError(
+            f"params is {'None' if params is None else f'a {type(params).__name__}'}, and base a class, which is made "
+            f"with them: give model.parameters(), or make the base first, ESAM(None, {kind.__name__}(...))"
+        )
     params = params if isinstance(params, Tensor) else list(params)
     check_not_empty(params)
     given = [list(group) if isinstance(group, dict) else [] for group in params] if isinstance(params, list) else []
@@ -125,8 +130,10 @@ def make_base(
 
 
 def _check_kind(kind: type[torch.optim.Optimizer]) -> None:
+    if hasattr(kind, "second_step"):
+        raise ValueError(f"base is {kind.__name__}, which is sharpness-aware itself: give the optimizer that it is around")
     closure = inspect.signature(kind.step).parameters.get("closure")
-    if hasattr(kind, "second_step") or (closure is not None and closure.default is inspect.Parameter.empty):
+    if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(f"{kind.__name__} evaluates a closure in its own step, so ESAM cannot be built on it")
 
 
@@ -177,7 +184,8 @@ def check_ascent(base: torch.optim.Optimizer, ascent: str, groups: Sequence[dict
         )
     if ascent == "momentum":
         switched_off = any(group.get("momentum") == 0 and "betas" not in group for group in groups)
-        if switched_off or type(base) in _WITHOUT_FIRST_MOMENT:
+        # What AccSGD of pytorch_optimizer has under the name momentum_buffer are weights.
+        if switched_off or type(base) in _WITHOUT_FIRST_MOMENT or name == "AccSGD":
             raise ValueError(
                 f"ascent = 'momentum': {name}{' with momentum = 0' if switched_off else ''} keeps no first moment: "
                 f"{'set momentum=0.9' if switched_off else 'take SGD with momentum, or AdamW'}, or set "

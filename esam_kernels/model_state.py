@@ -196,6 +196,11 @@ class FoundModels:
         roots = [root() for root in self._roots]
         if ids != self._params or None in roots:
             found = list(_roots(set(ids)))
+            if not found and gc.get_freeze_count():
+                warn(
+                    "no module was found that these parameters belong to, as gc.freeze() hides objects: give the "
+                    "model, ESAM(..., model=model), or its buffers are updated in every pass of a step"
+                )
             self._params, self._roots = ids, list(map(weakref.ref, found))
             return found
         return [root for root in roots if root is not None]

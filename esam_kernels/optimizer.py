@@ -213,6 +213,7 @@ class ESAM(torch.optim.Optimizer):
             for key, value in settings.items():
                 group.setdefault(key, value)
         options.make_plain(self.param_groups, self._keys)
+        self._set_step_count(self._number)
         self._progress.has_gradient = False
 
     @eager
@@ -477,8 +478,9 @@ class ESAM(torch.optim.Optimizer):
         return self.param_groups[0][self._keys[STEP]]
 
     def _set_step_count(self, count: int) -> None:
-        for group in self.param_groups:
-            group[self._keys[STEP]] = count
+        # Also in the defaults, from which the base's own add_param_group() fills a group up.
+        for settings in (*self.param_groups, *(each.defaults for each in each_of(self.base))):
+            settings[self._keys[STEP]] = count
 
     def _reset(self, step_count: int) -> None:
         self._progress.phase = ""

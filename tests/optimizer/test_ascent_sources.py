@@ -200,6 +200,12 @@ def test_momentum_is_refused_over_a_base_without_when_it_is_made_or_set(name):
     assert same(before, values(model))
 
 
+def test_momentum_is_refused_over_one_whose_buffer_of_that_name_holds_weights():
+    accsgd = pytest.importorskip("pytorch_optimizer").AccSGD
+    with pytest.raises(ValueError, match="ascent = 'momentum': AccSGD keeps no first moment"):
+        ESAM(network().parameters(), accsgd, ascent="momentum")
+
+
 def test_momentum_is_refused_over_an_unknown_base_as_soon_as_it_has_a_state():
     model = network()
     optimizer = ESAM(model.parameters(), Unknown, ascent="momentum", beta=1)

@@ -240,6 +240,23 @@ def test_modules_are_found_without_a_name_and_are_not_kept_alive():
     assert reference() is None
 
 
+def test_modules_that_are_hidden_from_the_search_are_asked_for():
+    model = mlp(nn.BatchNorm1d(8))
+    optimizer, given = esam(model), ESAM(model.parameters(), torch.optim.SGD, lr=0.1, beta=1, gamma=1, model=model)
+    inputs, targets = batches(1)[0]
+    gc.freeze()
+    try:
+        with pytest.warns(UserWarning, match=r"gc\.freeze\(\).*ESAM\(\.\.\., model=model\)") as said:
+            for _ in range(2):
+                optimizer.step(ordinary(model, optimizer, inputs, targets))
+        assert len(said) == 1
+        count = int(model[1].num_batches_tracked)
+        given.step(ordinary(model, given, inputs, targets))
+    finally:
+        gc.unfreeze()
+    assert model[1].num_batches_tracked == count + 1
+
+
 def test_the_given_model_is_the_one_that_is_looked_after():
     model, other = mlp(nn.BatchNorm1d(8)), nn.BatchNorm1d(4)
     whole = nn.Sequential(other, model)

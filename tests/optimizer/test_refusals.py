@@ -78,7 +78,7 @@ def test_a_value_out_of_range_that_was_set_later(name, value, fix):
     ("base", "options", "error", "words"),
     [
         (torch.optim.LBFGS, {}, ValueError, "LBFGS.*closure"),
-        (ESAM, {"lr": 0.1}, ValueError, "ESAM"),
+        (ESAM, {"lr": 0.1}, ValueError, "base is ESAM, which is sharpness-aware itself"),
         (torch.optim.Adadelta, {}, ValueError, r"'rho'.*ESAM\(None, Adadelta\(params"),
         (nn.Linear, {}, TypeError, r"Linear.*torch\.optim\.SGD"),
         ("sgd", {}, TypeError, r"'sgd'.*torch\.optim\.SGD"),
@@ -91,6 +91,13 @@ def test_a_value_out_of_range_that_was_set_later(name, value, fix):
 def test_a_base_that_cannot_serve(base, options, error, words):
     with pytest.raises(error, match=words):
         ESAM(mlp().parameters(), base, **options)
+
+
+@pytest.mark.parametrize("params", [None, mlp()], ids=["None", "module"])
+def test_what_is_no_parameters_of_a_base_that_is_to_be_made(params):
+    what = "None" if params is None else "a Sequential"
+    with pytest.raises(TypeError, match=rf"params is {what}, .*model\.parameters\(\).*ESAM\(None, SGD\("):
+        ESAM(params, torch.optim.SGD, lr=0.1)
 
 
 @pytest.mark.parametrize("model", [[nn.Linear(1, 1), nn.Linear(1, 1)], (nn.Linear(1, 1),), "resnet18"], ids=str)

@@ -99,6 +99,25 @@ def test_groups_are_those_of_the_bases():
     train(model, optimizer, DATA[:1])
 
 
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_group_may_be_added_to_the_base_itself_at_any_time(several, resumed):
+    model, added = mlp(), mlp()
+    ready = bases(model) if several else torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = ESAM(None, ready)
+    train(model, optimizer, DATA[:3])
+    if resumed:
+        state = optimizer.state_dict()
+        optimizer = ESAM(None, bases(model) if several else torch.optim.SGD(model.parameters(), lr=0.1))
+        optimizer.load_state_dict(state)
+    base = optimizer.base.bases[1] if several else optimizer.base
+    base.add_param_group({"params": added.parameters()})
+    before = values(added)
+    train(nn.Sequential(model, nn.Linear(3, 4), added), optimizer, DATA[:1])
+    assert [group["esam_step"] for group in optimizer.param_groups] == [4] * len(optimizer.param_groups)
+    assert not same(values(added), before)
+
+
 def test_rho_and_its_default_are_per_group_as_ever():
     model = mlp()
     matrices, others = split(model)
@@ -255,7 +274,7 @@ def refused(model):
     yield [muon, torch.optim.LBFGS(model.parameters())], ValueError, "LBFGS evaluates a closure"
     yield [muon, torch.optim.SGD(model.parameters())], ValueError, "2 times in the list"
     yield [muon, torch.optim.SGD(split(model)[1], lr=0.1, maximize=True)], ValueError, "maximize"
-    yield [muon, ESAM(None, torch.optim.SGD(split(model)[1]))], ValueError, "ESAM evaluates a closure"
+    yield [muon, ESAM(None, torch.optim.SGD(split(model)[1]))], ValueError, "base is ESAM, which is sharpness-aware itself"
     ESAM(None, adamw)
     yield [muon, adamw], ValueError, "this AdamW is the base of another ESAM"
 
