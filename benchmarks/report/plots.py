@@ -87,8 +87,8 @@ def accuracy_over_cost(result: dict[str, Any], path: Path) -> None:
         for name, method in result["methods"].items():
             style = {**STYLES[name], "linestyle": "none", "label": _label(method), "markersize": 9}
             style["markerfacecolor"] = "white" if name.endswith("bf16") else style["color"]
+            ax.plot([], [], **style)  # for the legend, where bars would hide the marker
             if method["test_accuracy_mean"] is None:
-                ax.plot([], [], **style)
                 continue
             cost = method["time_over_sgd"] or method["seconds_per_step"]
             ax.errorbar(
@@ -97,7 +97,7 @@ def accuracy_over_cost(result: dict[str, Any], path: Path) -> None:
                 xerr=[[cost["median"] - cost["low"]], [cost["high"] - cost["median"]]],
                 yerr=method["test_accuracy_std"],
                 capsize=3,
-                **style,
+                **{**style, "label": None},
             )
         unit = "times SGD's" if "sgd" in result["methods"] else "seconds"
         ax.set(xlabel=f"time of a step, {unit}", ylabel=_accuracy_axis(_seeds(result)))
