@@ -131,7 +131,9 @@ def make_base(
 
 def _check_kind(kind: type[torch.optim.Optimizer]) -> None:
     if hasattr(kind, "second_step"):
-        raise ValueError(f"base is {kind.__name__}, which is sharpness-aware itself: give the optimizer that it is around")
+        raise ValueError(
+            f"base is {kind.__name__}, which is sharpness-aware itself: give the optimizer that it is around"
+        )
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(f"{kind.__name__} evaluates a closure in its own step, so ESAM cannot be built on it")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -32,6 +33,13 @@ class Findings:
 
     # The ids of the weights that graphs without reentrant checkpoints did not reach; None before the first search.
     unreached: set[int] | None = None
+    # Whether such a graph has functions written in Python, which can hide weights; whether it reached any weight; and
+    # whether it has been said that some are hidden.
+    has_own_functions: bool = False
+    reached: bool = False
+    hidden_said: bool = False
+    # Whether an ordinary closure has made a gradient.
+    closure_works: bool = False
     # The places among all parameters of those that forwards write; None before the first forward.
     written: list[int] | None = None
     # Whether the ranks of a sharded model have been found to have the same settings.
@@ -115,7 +123,8 @@ class Buffers:
     """The buffers of modules, and memory for copies of them that is used again in every step.
 
     Values are kept, since batch norm's updates do not show in version counters. Buffers that a module replaces by other
-    tensors become the old tensors again, and those that it adds are gone.
+    tensors become the old tensors again, and those that it adds are gone. With these go the module's other attributes,
+    which say what the buffers are, such as how long a table is.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -125,7 +134,8 @@ class Buffers:
                 if buffer is not None and _is_inference(buffer):
                     entries[name] = buffer.clone()  # which can be written
         self._found = self._all()
-        self._put_entries_back = keep_entries(self._entries)
+        self._entries_before = [dict(entries) for entries in self._entries]
+        self._attributes = [_own_attributes(module) for module in modules]
         self._lazy = [buffer for buffer in self._found if buffer is not None and is_lazy(buffer)]
         buffers = [buffer for buffer in self._found if buffer is not None and not is_lazy(buffer)]
         # Nothing can write into a buffer whose elements share memory (an expanded constant): it needs no copy.
@@ -150,6 +160,14 @@ class Buffers:
             and all(map(is_lazy, self._lazy))
         )
 
+    def _put_entries_back(self, attributes: Sequence[dict[str, Any] | None]) -> None:
+        rows = zip(self._entries, self._entries_before, self._attributes, attributes)
+        for entries, entries_before, own, own_before in rows:
+            if _differ(entries, entries_before):
+                if own is not None and own_before is not None:
+                    _become(own, own_before)
+                _become(entries, entries_before)
+
     def begin(self) -> None:
         """A step begins: the copies of the step before are no longer needed."""
         self._used = 0
@@ -164,11 +182,12 @@ class Buffers:
         for group, copies in zip(self._plain, values):
             torch._foreach_copy_(copies, group)
         special = [(buffer, buffer.clone()) for buffer in self._special]
+        attributes = [None if own is None else dict(own) for own in self._attributes]
 
         @torch.no_grad()
         def put_back() -> None:
             if not self._are_these():
-                self._put_entries_back()
+                self._put_entries_back(attributes)
             for group, copies, shapes in zip(self._plain, values, self._shapes):
                 for buffer, shape in zip(group, shapes):
                     if buffer.shape != shape:  # as observers do
@@ -206,6 +225,16 @@ class FoundModels:
         return [root for root in roots if root is not None]
 
 
+def _own_attributes(module: nn.Module) -> dict[str, Any] | None:
+    """The dictionary of a module's attributes, if what a forward changes there may be put back.
+
+    Torch's own modules keep nothing there that says what their buffers are, its wrappers are looked after otherwise,
+    and a lazy module that is made ready loses attributes for good.
+    """
+    others = type(module).__module__.startswith("torch.") or isinstance(module, LazyModuleMixin)
+    return None if others else vars(module)
+
+
 def _own_buffers(module: nn.Module) -> dict[str, Any]:
     """The dictionary that a module has its buffers in; one made anew if it has them elsewhere, as TorchScript's do."""
     entries = module._buffers
@@ -215,9 +244,16 @@ def _own_buffers(module: nn.Module) -> dict[str, Any]:
 def _roots(ids: Collection[int]) -> Iterator[nn.Module]:
     # Not isinstance(), which asks objects for their class: proxies and lazy imports answer with errors.
     modules = [found for found in gc.get_objects() if issubclass(type(found), nn.Module) and "_modules" in vars(found)]
-    holders = [module for module in modules if any(id(param) in ids for param in module.parameters())]
+    holders = [module for module in modules if any(id(param) in ids for param in _parameters(module))]
     inner = {id(child) for module in holders for child in module.modules() if child is not module}
     return (module for module in holders if id(module) not in inner)
+
+
+def _parameters(module: nn.Module) -> list[Tensor]:
+    try:
+        return list(module.parameters())
+    except Exception:  # a remote module refuses, and a class may mean something else by that name
+        return []
 
 
 class Start(NamedTuple):
@@ -241,9 +277,9 @@ class ModelState:
         self._replicas = [module for module in self._modules if isinstance(module, DistributedDataParallel)]
         self.shards = ShardedModules(self._modules, params)
         self.params = params
-        own = {id(param) for param in params}
+        trained = {id(param) for param in params}
         found = {id(param): param for module in self._modules for param in module._parameters.values()}
-        self._others = [param for key, param in found.items() if param is not None and key not in own]
+        self._others = [param for key, param in found.items() if param is not None and key not in trained]
         self._devices = _accelerators(params)
 
     def serves(self, models: Sequence[nn.Module], params: Sequence[Tensor]) -> bool:
@@ -497,16 +533,24 @@ def _accelerators(params: Sequence[Tensor]) -> list[torch.device]:
     return sorted({param.device for param in params} - {torch.device("cpu")}, key=str)
 
 
+def _differ(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    return now.keys() != before.keys() or any(map(is_not, now.values(), before.values()))
+
+
+def _become(now: dict[str, Any], before: dict[str, Any]) -> None:
+    now.update(before)
+    for name in now.keys() - before.keys():
+        del now[name]
+
+
 def keep_entries(dicts: Iterable[dict[str, Any]]) -> Callable[[], None]:
     """Keep which entries dicts have, such as the buffers of modules; the function that is returned puts them back."""
     kept = [(one, dict(one)) for one in dicts]
 
     def put_back() -> None:
         for now, before in kept:
-            if now.keys() != before.keys() or any(map(is_not, now.values(), before.values())):
-                now.update(before)
-                for name in now.keys() - before.keys():
-                    del now[name]
+            if _differ(now, before):
+                _become(now, before)
 
     return put_back
 

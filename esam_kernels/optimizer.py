@@ -304,7 +304,8 @@ class ESAM(torch.optim.Optimizer):
         calls ``loss.backward()`` and returns the loss. With ``gamma=1`` it makes a sharpness-aware step, too: its first
         call gives the direction, from the gradient of all weights, and its second the gradient at the perturbed
         weights; where ``ascent`` is not "gradient", and in plain steps, it is called once. What it must not disturb is
-        looked after as in ``backward``, in the given ``model`` or else in all modules that the parameters are in.
+        looked after as in ``backward``, in the given ``model`` or else in all modules that the parameters are in, and
+        in those that the closure names.
 
         Signals wait for the base optimizer, which would otherwise leave some weights updated and some not. An exception
         from another thread does not wait: where one may come, keep a checkpoint.
@@ -356,7 +357,9 @@ class ESAM(torch.optim.Optimizer):
         Within ``step()`` its gradient is used at once: where that fails, the next ``step()`` begins anew.
         """
         rollback = Rollback()
-        models = () if self.model is not None else self._progress.models.of(params_of(self.param_groups))
+        models: Sequence[nn.Module] = ()
+        if self.model is None:
+            models = [*self._progress.models.of(params_of(self.param_groups)), *modules_behind(closure)]
         ordinary = OrdinaryClosure(closure, computation_in(closure), params_of(self.param_groups))
         step = self._make_step(rollback, models=models, ordinary=ordinary)
         check_ordinary(step)
@@ -506,6 +509,7 @@ class ESAM(torch.optim.Optimizer):
         if storage != self._progress.storage:  # somebody gave a parameter other memory
             check_storage(params)
             self._progress.storage = storage
+            self._progress.findings.written = None  # places in another list
         sharp = [group for group, one in zip(self.param_groups, own) if one.rho > 0]
         check_ascent(self.base, settings.ascent, sharp)
         weights, tensor_id = [], 0

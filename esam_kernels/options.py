@@ -206,6 +206,9 @@ def read(groups: Sequence[dict[str, Any]], keys: Mapping[str, str]) -> tuple[Set
     Raises:
         ValueError: if a value is out of its range, or differs between groups and may not.
     """
+    for group in groups:
+        if missing := [key for key in keys.values() if key not in group]:
+            raise ValueError(f"a parameter group has no {missing[0]!r}: add groups by add_param_group()")
     found = [{name: STORED[name].stored(group[key]) for name, key in keys.items()} for group in groups]
     for values in found:
         for name, value in values.items():

@@ -31,11 +31,16 @@ class OrdinaryClosure:
         """The closure has cleared the gradients: those from before the step need no memory until the last call."""
         self._before = [None] * len(self.params)
 
-    def check(self, last: bool) -> None:
-        """After a call: refuse a closure that made no gradient.
+    def check(self, last: bool, works: bool) -> bool:
+        """After a call: whether the closure made a gradient.
+
+        Args:
+            last: whether it was the last call.
+            works: whether it has made one before, so that it left out its backward on purpose, of a loss that is not
+                finite, say: under ``torch.optim``, too, such a step does what the gradients say that are there.
 
         Raises:
-            RuntimeError: if it did not.
+            RuntimeError: if it made none and never has.
         """
         before = self._before if last else [None] * len(self.params)
         rows = [
@@ -44,6 +49,8 @@ class OrdinaryClosure:
             if param.grad is not None
         ]
         if all(now is grad and now._version == version for now, grad, version in rows):
+            if works:
+                return False
             raise RuntimeError(
                 "the closure made no gradient: it takes no index, so it is to clear the gradients, compute the loss, "
                 "call loss.backward() and return the loss"
@@ -55,6 +62,7 @@ class OrdinaryClosure:
                 "the closure adds to gradients from before the step, which are not sharpness-aware: begin it with "
                 "optimizer.zero_grad(), and let it run all micro-batches of the step"
             )
+        return True
 
     def call(self, last: bool) -> Any:
         """Call the function, and keep what its first call returns."""

@@ -16,6 +16,8 @@ from ..optimizer import ESAM
 from ..options import OPTIONS
 from ..schedule import draws_rows
 
+CHECKS = 20
+
 
 class ESAMTrainer(Trainer):
     """A ``Trainer`` whose steps are ESAM's, over the optimizer that its arguments say.
@@ -37,7 +39,8 @@ class ESAMTrainer(Trainer):
         kwargs: of ``Trainer``, and ESAM's options.
 
     Raises:
-        ValueError: if an option is out of its range, or ``compute_loss_func`` is given where samples are selected.
+        ValueError: if an option is out of its range, or ``compute_loss_func`` is given, or ``compute_loss`` is
+            overridden, where samples are selected.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -45,12 +48,14 @@ class ESAMTrainer(Trainer):
         settings = options.make(self._options, base_has_betas=False)
         self._batches: list[Any] = []  # of the step whose last batch is to come
         self._shifts: bool | None = None  # whether logits are of the next token, once that is found out
+        self._to_check = CHECKS  # batches of which the loss is still to be compared with the model's own
         super().__init__(*args, **kwargs)
         own = type(self).sample_losses is not ESAMTrainer.sample_losses
-        if self.compute_loss_func is not None and not own and _selects([settings]):
+        by_method = type(self).compute_loss is not Trainer.compute_loss
+        if (self.compute_loss_func is not None or by_method) and not own and _selects([settings]):
             raise ValueError(
-                "compute_loss_func returns one loss of a batch, of which gamma < 1 cannot take samples: set gamma=1 "
-                "(and ascent_share=1), or override sample_losses"
+                f"compute_loss{'' if by_method else '_func'} returns one loss of a batch, of which gamma < 1 cannot "
+                "take samples: set gamma=1 (and ascent_share=1), or override sample_losses"
             )
 
     @property
@@ -83,6 +88,9 @@ class ESAMTrainer(Trainer):
         batches, self._batches = self._batches, []
         esam = self.esam
         assert esam is not None
+        model.train()
+        if callable(train := getattr(esam, "train", None)):  # of schedule-free optimizers, which move the weights
+            train()
         if _selects(esam.param_groups, esam._keys):
             return self._step_by_samples(model, batches)
         step = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
@@ -106,13 +114,17 @@ class ESAMTrainer(Trainer):
                     f"samples cannot be selected without labels, and the batch has {', '.join(inputs)}: set gamma=1 "
                     "(and ascent_share=1) for the model's own loss"
                 )
-            if self._shifts is None and type(self).sample_losses is ESAMTrainer.sample_losses:
+            if self._to_check and type(self).sample_losses is ESAMTrainer.sample_losses:
                 self._shifts = self._find_shift(inputs)
+                # Of one class alone a weighted mean is the mean.
+                several = len(inputs["labels"][inputs["labels"] != -100].unique()) > 1
+                alone = self.accelerator.num_processes == 1  # several have to run as many forwards each
+                self._to_check = self._to_check - 1 if alone and not several else 0
             labels = inputs["labels"]
             if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
                 del inputs["labels"]  # else the model needs them for its decoder
             closures.append(batch_closure(model, self.sample_losses, inputs, labels))
-        model.train()
+        model.train()  # which looking for the model's own loss has changed
         return self.esam.backward(closures, self.accelerator.scaler)
 
     def sample_losses(self, outputs: Any, labels: Tensor) -> Tensor | tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from .. import ops
 from ..ops.reference import ASCENT_STREAM
@@ -15,7 +16,7 @@ from ..warn import warn
 from .descend import accumulate, loss_scale
 from .draw import drawn, random_scores
 from .evaluate import MicroBatch, divisor, steered
-from .partial_gradients import needed_edges
+from .partial_gradients import needed_edges, nodes
 from .select import at_least, extents, without_padding
 
 
@@ -135,24 +136,29 @@ def check_gradient(weight: Weight, grad: Tensor | None) -> None:
 
 
 def check_reached(step: Step, ascent: Ascent) -> None:
-    """After the last pass, refuse a step whose first one reached no weight, though now some have a gradient.
+    """After the last pass, refuse a step whose first one cannot reach the weights, though now some have a gradient.
 
-    SAM would silently be SGD.
+    SAM would silently be SGD. Without a function that is written in Python nothing hides weights: layers are left out
+    at random, and what pass 1 left out is perturbed in another step.
 
     Raises:
-        RuntimeError: if no weight had a gradient in pass 1 and some have one now; a warning says it if some had, or if
-            pass 1 ran on a share of the rows, which need not use what others use.
+        RuntimeError: if no weight has had a gradient in any pass 1 so far, and some have one now; a warning says it
+            once if some had, or if pass 1 ran on a share of the rows, which need not use what others use.
     """
+    findings = step.findings
+    findings.reached |= len(ascent.unreached) < len(ascent.weights)
     late = [weight for weight in ascent.unreached if weight.param.grad is not None]
-    if not late:
+    if not late or not findings.has_own_functions or findings.hidden_said:
         return
     message = (
         f"{len(late)} of {len(ascent.weights)} drawn parameters got a gradient in the last pass of the step but none "
-        "in the first, so they were not perturbed: torch.autograd.grad did not reach them. Pass them as inputs to the "
-        "autograd.Function that uses them; if it is torch.utils.checkpoint, give that use_reentrant=False"
+        "in the first, so they were not perturbed: torch.autograd.grad did not reach them. If no layers are left out "
+        "at random, pass them as inputs to the autograd.Function that uses them; if it is torch.utils.checkpoint, give "
+        "that use_reentrant=False"
     )
-    if len(ascent.unreached) == len(ascent.weights) and step.settings.ascent_share == 1:
+    if not findings.reached and step.settings.ascent_share == 1:
         raise RuntimeError(message)
+    findings.hidden_said = True
     warn(message)
 
 
@@ -168,22 +174,17 @@ def refuse_reentrant_checkpoints(step: Step, loss: Tensor, unreached: set[int]) 
     known = step.findings.unreached
     if known is not None and unreached <= known:
         return
-    if has_reentrant_checkpoint(loss):
+    names, own = function_names(loss)
+    if "CheckpointFunctionBackward" in names:
         raise RuntimeError(
             "the model uses reentrant activation checkpointing, which hides the gradients of single weights: "
             "give torch.utils.checkpoint.checkpoint use_reentrant=False"
         )
     step.findings.unreached = unreached | (known or set())
+    step.findings.has_own_functions |= own
 
 
-def has_reentrant_checkpoint(loss: Tensor) -> bool:
-    """Whether the graph of the loss has a node of ``torch.utils.checkpoint``'s reentrant kind."""
-    nodes, seen = [loss.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [following for following, _ in node.next_functions]
-            if node.name() == "CheckpointFunctionBackward":
-                return True
-    return False
+def function_names(loss: Tensor) -> tuple[set[str], bool]:
+    """What the functions in the graph of the loss are called, and whether some are written in Python."""
+    found = nodes(loss)
+    return {node.name() for node in found}, any(isinstance(node, BackwardCFunction) for node in found)

@@ -112,7 +112,28 @@ def loss_in(result: Any) -> Any:
     if "loss" in result:
         return result["loss"]
     terms = list(result.values())
-    return sum(terms) if terms and all(_is_term(term) for term in terms) else result
+    if not terms or not all(_is_term(term) for term in terms):
+        return result
+    _check_terms(result)
+    return sum(terms)
+
+
+def _check_terms(terms: Mapping[str, Tensor]) -> None:
+    """Refuse terms of a loss of which one is made of another, such as their total: their sum counts it twice.
+
+    Raises:
+        ValueError: if there is one, a few operations behind.
+    """
+    for whole, term in terms.items():
+        found = {term.grad_fn}
+        for _ in range(2 * len(terms)):
+            found = {node for one in found if one is not None for node, _ in one.next_functions}
+            parts = [name for name, other in terms.items() if other.grad_fn in found - {None}]
+            if parts:
+                raise ValueError(
+                    f"the closure returned losses of which {whole!r} is made of {parts[0]!r}, so that to add them "
+                    f"counts that twice: return {{'loss': losses[{whole!r}]}}, or the terms without it"
+                )
 
 
 def _is_term(value: Any) -> bool:

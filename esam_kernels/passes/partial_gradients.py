@@ -23,7 +23,7 @@ def guard_group_norms(loss: Tensor, params: Sequence[Tensor]) -> None:
         params: what is trained; nothing is done if none of it is on the CPU.
     """
     if _any_on_cpu(params):
-        _guard(_group_norms(_nodes(loss)))
+        _guard(_group_norms(nodes(loss)))
 
 
 def needed_edges(loss: Tensor, params: Sequence[Tensor]) -> list[GradientEdge]:
@@ -38,19 +38,19 @@ def needed_edges(loss: Tensor, params: Sequence[Tensor]) -> list[GradientEdge]:
     """
     if not _any_on_cpu(params):
         return []
-    nodes = _nodes(loss)
-    norms = _group_norms(nodes)
+    graph = nodes(loss)
+    norms = _group_norms(graph)
     if not norms:
         return []
     _guard(norms)
 
     users: dict[Node, list[Node]] = {}
-    for node in nodes:
+    for node in graph:
         for following, _ in node.next_functions:
             if following is not None:
                 users.setdefault(following, []).append(node)
     ids = {id(param) for param in params}
-    asked = [node for node in nodes if _is_leaf(node, ids)]
+    asked = [node for node in graph if _is_leaf(node, ids)]
     computed: set[Node] = set()
     edges: list[GradientEdge] = []
     while asked:
@@ -68,16 +68,16 @@ def _any_on_cpu(params: Iterable[Tensor]) -> bool:
     return any(param.is_cpu for param in params)
 
 
-def _nodes(loss: Tensor) -> list[Node]:
+def nodes(loss: Tensor) -> list[Node]:
     """Every node of the graph, once."""
-    nodes = [loss.grad_fn] if loss.grad_fn is not None else []
-    seen = set(nodes)
-    for node in nodes:  # which grow
+    found = [loss.grad_fn] if loss.grad_fn is not None else []
+    seen = set(found)
+    for node in found:  # which grow
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
-                nodes.append(following)
-    return nodes
+                found.append(following)
+    return found
 
 
 def _group_norms(nodes: Iterable[Node]) -> list[Any]:

@@ -29,11 +29,19 @@ def look(step: Step, between: Between, before: Sequence[MicroBatch] = ()) -> lis
         between: replays buffers and random numbers.
         before: losses at w, if they are known: there must be as many.
     """
+    # In eval mode and without a graph torch's encoder layers take a way of their own, which cuts padding out: its
+    # losses cannot be compared with those of the other passes.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
 
     def run(evaluate: Callable[..., MicroBatch]) -> list[MicroBatch]:
         between.replay()
         sizes: Sequence[int | None] = [len(one.losses) for one in before] or [None] * len(step.closures)
-        return [evaluate(step, closure, size=size, graph=False).detach() for closure, size in zip(step.closures, sizes)]
+        torch.backends.mha.set_fastpath_enabled(False)  # put back by the rollback if this fails
+        losses = [
+            evaluate(step, closure, size=size, graph=False).detach() for closure, size in zip(step.closures, sizes)
+        ]
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        return losses
 
     if step.findings.forward_needs_graph:
         return run(steered(step))

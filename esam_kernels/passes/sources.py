@@ -77,6 +77,7 @@ def stateless_base(bases: Sequence[torch.optim.Optimizer], rho: str) -> str | No
     return None
 
 
+@torch.no_grad()  # gradients may have a graph
 def copy_gradients(params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> dict[Tensor, Tensor]:
     """Copies of the gradients that a step is about to be taken with, by their parameters.
 

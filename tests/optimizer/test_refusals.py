@@ -539,14 +539,14 @@ class Sometimes(nn.Module):
 
 def test_reentrant_checkpoints_are_looked_for_in_the_first_step_and_when_another_weight_is_missed(monkeypatch):
     searches = 0
-    search = ascend.has_reentrant_checkpoint
+    search = ascend.function_names
 
-    def counting(loss: Tensor) -> bool:
+    def counting(loss: Tensor) -> tuple[set[str], bool]:
         nonlocal searches
         searches += 1
         return search(loss)
 
-    monkeypatch.setattr(ascend, "has_reentrant_checkpoint", counting)
+    monkeypatch.setattr(ascend, "function_names", counting)
     model = Sometimes()
     optimizer = sgd(model, beta=0.5)
     closure = batch_closure(model, cross_entropy, INPUTS, TARGETS)

@@ -274,7 +274,11 @@ def refused(model):
     yield [muon, torch.optim.LBFGS(model.parameters())], ValueError, "LBFGS evaluates a closure"
     yield [muon, torch.optim.SGD(model.parameters())], ValueError, "2 times in the list"
     yield [muon, torch.optim.SGD(split(model)[1], lr=0.1, maximize=True)], ValueError, "maximize"
-    yield [muon, ESAM(None, torch.optim.SGD(split(model)[1]))], ValueError, "base is ESAM, which is sharpness-aware itself"
+    yield (
+        [muon, ESAM(None, torch.optim.SGD(split(model)[1]))],
+        ValueError,
+        "base is ESAM, which is sharpness-aware itself",
+    )
     ESAM(None, adamw)
     yield [muon, adamw], ValueError, "this AdamW is the base of another ESAM"
 
