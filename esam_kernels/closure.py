@@ -8,6 +8,7 @@ from types import CellType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .eager import eager
 
@@ -16,6 +17,7 @@ Losses = Tensor | tuple[Tensor, Tensor]
 # Called with None for the whole batch, or with an int64 tensor of row numbers.
 Closure = Callable[[Tensor | None], Losses]
 
+_BATCH = 16  # entries of a batch at most; what has more may be a data set
 # For batches that batch_closure cannot take rows of.
 BY_HAND = (
     "for rows of any other kind write closure(index) by hand, which returns the losses of the rows in index (int64, "
@@ -178,18 +180,41 @@ def batch_closure(
 
 def modules_behind(function: Any) -> Iterator[nn.Module]:
     """The modules that a callable is, is a method of, or names, such as a lambda around a loss."""
+    yield from (one for _, one in _named_by(function) if isinstance(one, nn.Module))
+
+
+def tensors_behind(function: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a callable names, also in short lists, tuples and mappings such as a batch, with the names."""
+    for name, value in _named_by(function):
+        items: Any = value if isinstance(value, list | tuple) else ()
+        if isinstance(value, Tensor):
+            items = (value,)
+        elif isinstance(value, dict):
+            items = value.values()
+        if len(items) <= _BATCH:
+            yield from ((name, one) for one in items if isinstance(one, Tensor) and not is_lazy(one))
+
+
+def _named_by(function: Any) -> Iterator[tuple[str, Any]]:
+    """What a callable is, is a method of, or names, with the names."""
     if isinstance(function, nn.Module):
-        yield function
+        yield type(function).__name__, function
     elif isinstance(function, partial):
-        for one in (function.func, *function.args, *function.keywords.values()):
-            yield from modules_behind(one)
+        arguments = {str(i): value for i, value in enumerate(function.args)} | function.keywords
+        for name, one in {"func": function.func, **arguments}.items():
+            yield name, one
+            yield from _named_by(one)
     else:
-        named = [getattr(function, "__self__", None)]
+        yield "self", getattr(function, "__self__", None)
         function = getattr(function, "__func__", function)
         if isinstance(function, FunctionType):
-            named += [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
-            named += [function.__globals__.get(name) for name in function.__code__.co_names]
-        yield from (one for one in named if isinstance(one, nn.Module))
+            names = function.__code__.co_freevars
+            cells = zip(names, function.__closure__ or ())
+            yield from ((name, cell.cell_contents) for name, cell in cells if cell != CellType())
+            yield from ((name, function.__globals__.get(name)) for name in function.__code__.co_names)
+            defaults = function.__defaults__ or ()
+            named = function.__code__.co_varnames[: function.__code__.co_argcount]
+            yield from zip(named[len(named) - len(defaults) :], defaults)
 
 
 def _check_rows(result: Any, rows: int) -> None:

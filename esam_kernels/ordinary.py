@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .closure import tensors_behind
 from .warn import warn
 
 
@@ -19,13 +20,25 @@ class OrdinaryClosure:
         self._functions = {True: function, False: computation}  # for the last call, and for a call before it
         self.params = params
         self.returned: list[Any] = []  # by the first call
+        self._named: list[tuple[str, Tensor, int]] = []  # what it names, with the versions from before its first call
         self._before = [param.grad for param in params]
         self._versions = [0 if grad is None else grad._version for grad in self._before]
 
     def begin(self, last: bool) -> None:
-        """Before a call: set the gradients that it begins with."""
+        """Before a call: set the gradients that it begins with; warn of what the call before it has written."""
         for param, grad in zip(self.params, self._before):
             param.grad = grad if last else None
+        if last:
+            written = sorted({name for name, tensor, version in self._named if tensor._version != version})
+            if written:
+                warn(
+                    f"the closure writes into {', '.join(written)} in place, and is called twice in a step: let it "
+                    "write into a copy; what counts or adds up over the steps belongs behind the step"
+                )
+        else:
+            own = set(map(id, self.params))
+            named = [(name, one) for name, one in tensors_behind(self._functions[False]) if id(one) not in own]
+            self._named = [(name, one, one._version) for name, one in named if not one.is_inference()]
 
     def forget(self) -> None:
         """The closure has cleared the gradients: those from before the step need no memory until the last call."""

@@ -50,6 +50,8 @@ class Regression(Network):
 class Weighted(Network):
     def forward(self, inputs, labels=None):
         outputs = super().forward(inputs, labels)
+        if labels is None:
+            return outputs
         return {**outputs, "loss": cross_entropy(outputs["logits"], labels, torch.tensor([1.0, 2.0, 3.0]))}
 
 
@@ -401,3 +403,38 @@ def test_batches_of_a_step_that_was_interrupted_are_not_of_the_next_training(tmp
     seen.clear()
     trainer.train()
     assert [rows for name, rows in seen if name == "ascend"] == [8, 8]
+
+
+def test_a_weighted_loss_is_told_from_the_mean_also_where_the_first_batches_have_one_class(tmp_path):
+    """Of one class alone the weighted mean is the mean."""
+    data = [{**row, "labels": torch.tensor(int(i >= 20))} for i, row in enumerate(DATA)]
+    with pytest.raises(ValueError, match=r"own loss is .*mean cross-entropy"):
+        trained(Weighted(), tmp_path, data, options={})
+
+
+def test_a_loss_that_is_overridden_has_no_samples_to_select(tmp_path):
+    class Own(ESAMTrainer):
+        def compute_loss(self, *args, **kwargs):
+            calls.append(super().compute_loss(*args, **kwargs))
+            return calls[-1]
+
+    calls = []
+    with pytest.raises(ValueError, match=r"compute_loss returns one loss.*gamma=1"):
+        Own(Network(), arguments(tmp_path), train_dataset=DATA)
+    Own(Network(), arguments(tmp_path, max_steps=1), train_dataset=DATA, gamma=1).train()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_a_schedule_free_optimizer_trains_after_an_evaluation(tmp_path, gamma):
+    pytorch_optimizer = pytest.importorskip("pytorch_optimizer")
+    model = Network()
+    optimizer = pytorch_optimizer.ScheduleFreeAdamW(model.parameters(), lr=1e-3)
+    modes = []
+    optimizer.register_step_pre_hook(lambda one, args, kwargs: modes.append(one.param_groups[0]["train_mode"]))
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=2)
+    ESAMTrainer(
+        model, args, train_dataset=DATA, eval_dataset=DATA, optimizers=(optimizer, None), gamma=gamma, rho=0.01
+    ).train()
+    assert modes
+    assert all(modes)

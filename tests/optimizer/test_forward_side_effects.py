@@ -407,3 +407,73 @@ def test_cached_parametrizations_are_those_of_the_pass_that_runs(options):
         one.step()
         other.step()
     assert same(values(model), values(twin))
+
+
+class Table(nn.Module):
+    """As rotary embeddings have it: a table in a buffer, and in a number how long it is; they grow together."""
+
+    def __init__(self, lazily: bool) -> None:
+        super().__init__()
+        self.linear, self.length = nn.Linear(4, 3), 0
+        if not lazily:
+            self.grow(4)
+
+    def grow(self, length: int) -> None:
+        self.length = length
+        self.register_buffer("table", torch.arange(length).float().cos()[:, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > self.length:
+            self.grow(x.shape[1])
+        return self.linear(x * self.table[: x.shape[1]]).mean(1)
+
+
+@pytest.mark.parametrize("options", [{}, {"gamma": 1.0}, {"ascent": "momentum", "gamma": 1.0}], ids=str)
+@pytest.mark.parametrize("lazily", [False, True])
+def test_what_says_how_a_buffer_was_made_goes_with_it(options, lazily):
+    torch.manual_seed(0)
+    model, other = Table(lazily), Table(lazily)
+    other.load_state_dict(model.state_dict())
+    optimizer, plain = optimizer_of(model, momentum=0.9, **options), optimizer_of(other, momentum=0.9, **options)
+    other.grow(8)  # so that it does not grow in a step
+    for length, known in [(4, 4), (8, 8), (4, 8), (8, 8)]:
+        inputs = torch.randn(8, length, 4)
+        optimizer.step(batch_closure(model, cross_entropy, inputs, TARGETS))
+        plain.step(batch_closure(other, cross_entropy, inputs, TARGETS))
+        assert model.length == len(model.table) == known
+        assert same(list(model.parameters()), list(other.parameters()))
+
+    def failing(index: Tensor | None) -> Tensor:
+        model(torch.randn(8, 9, 4))
+        raise KeyboardInterrupt
+
+    optimizer.model = model
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.backward(failing)
+    assert model.length == len(model.table) == 8
+
+
+def test_passes_without_a_graph_see_the_same_padding():
+    """Torch's encoder cuts padding out in eval mode without a graph, which gives it other values."""
+    torch.manual_seed(0)
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+            return self.head(self.encoder(x, src_key_padding_mask=padding).mean(1))
+
+    model, losses = Encoder().eval(), []
+
+    def keeping(outputs: Tensor, targets: Tensor) -> Tensor:
+        losses.append(cross_entropy(outputs, targets))
+        return losses[-1]
+
+    inputs = [torch.randn(8, 5, 4), torch.arange(5)[None] >= torch.tensor([5, 4, 3, 2, 1, 1, 2, 3])[:, None]]
+    optimizer_of(model, rho=1e-6).backward(batch_closure(model, keeping, inputs, TARGETS))
+    assert [loss.requires_grad for loss in losses] == [True, False, True]
+    torch.testing.assert_close(losses[0].detach(), losses[1], rtol=0, atol=1e-5)
+    assert torch.backends.mha.get_fastpath_enabled()

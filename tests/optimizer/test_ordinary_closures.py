@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -448,3 +449,107 @@ def test_weights_of_another_optimizer_get_the_gradient_of_the_last_call(before):
     cross_entropy(twin(inputs), targets).backward()
     expected = twin[2].weight.grad + (had if before else 0)
     torch.testing.assert_close(model[2].weight.grad, expected)
+
+
+def test_a_step_whose_closure_leaves_out_its_backward_does_nothing_once_one_has_been_made():
+    """As where a loss that is not finite is skipped."""
+    model, other = mlp(), mlp()
+    mine, theirs = esam(model), torch.optim.SGD(other.parameters(), lr=0.1)
+
+    def closure(optimizer, network, inputs, targets):
+        optimizer.zero_grad()
+        loss = cross_entropy(network(inputs), targets)
+        if loss.isfinite():
+            loss.backward()
+        return loss
+
+    inputs, targets = batches(1)[0]
+    mine.step(partial(closure, mine, model, inputs, targets))
+    other.load_state_dict(model.state_dict())
+    before = values(model)
+    nothing = torch.full_like(inputs, torch.nan)
+    assert mine.step(partial(closure, mine, model, nothing, targets)).isnan()
+    theirs.step(partial(closure, theirs, other, nothing, targets))
+    assert same(values(model), before)
+    assert same(values(other), before)
+    mine.step(partial(closure, mine, model, inputs, targets))
+    assert not same(values(model), before)
+
+
+@pytest.mark.parametrize("named_by", ["cell", "default", "partial", "tuple"])
+def test_a_batch_that_the_closure_writes_is_named(named_by):
+    model = mlp()
+    optimizer = esam(model)
+    inputs, targets = batches(1)[0]
+
+    def work(images, labels):
+        optimizer.zero_grad()
+        loss = cross_entropy(model(images.div_(255)), labels)
+        loss.backward()
+        return loss
+
+    batch = (inputs, targets)
+    closures = {
+        "cell": lambda: work(inputs, targets),
+        "default": lambda inputs=inputs: work(inputs, targets),
+        "partial": partial(work, inputs, targets),
+        "tuple": lambda: work(*batch),
+    }
+    with pytest.warns(UserWarning, match=r"writes into \w+ in place, and is called twice in a step.*copy") as said:
+        optimizer.step(closures[named_by])
+    assert said[0].filename == __file__
+    assert len(said) == 1
+
+
+def test_modules_that_only_the_closure_names_are_looked_after():
+    model = mlp()
+    optimizer = esam(model)
+    inputs, targets = batches(1)[0]
+    optimizer.step(ordinary(model, optimizer, inputs, targets))
+    later, target = nn.Sequential(model, nn.BatchNorm1d(3, affine=False)), nn.BatchNorm1d(4, affine=False)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(later(target(inputs)), targets)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert later[1].num_batches_tracked == target.num_batches_tracked == 1
+
+
+def test_modules_elsewhere_that_refuse_to_be_asked_do_no_harm():
+    class Remote(nn.Module):
+        def parameters(self, recurse=True):
+            raise ValueError("not supported on a remote module")
+
+    class Numbers(nn.Module):
+        parameters = {"a": 1}  # noqa: RUF012
+
+    others = Remote(), Numbers()
+    model = mlp(nn.BatchNorm1d(8))
+    optimizer = esam(model)
+    optimizer.step(ordinary(model, optimizer, *batches(1)[0]))
+    assert model[1].num_batches_tracked == 1
+    del others
+
+
+@pytest.mark.parametrize("ascent", ["gradient", "momentum", "previous"])
+def test_gradients_with_a_graph(ascent):
+    """As of ``backward(create_graph=True)``, for a penalty on their norm."""
+    model, other = mlp(), mlp()
+    options = {"momentum": 0.9, "ascent": ascent, "gamma": 1, "beta": 1}
+    mine, theirs = (ESAM(net.parameters(), torch.optim.SGD, lr=0.1, **options) for net in (model, other))
+    for inputs, targets in batches(3):
+
+        def closure(graph, net, optimizer, inputs=inputs, targets=targets):
+            optimizer.zero_grad()
+            loss = cross_entropy(net(inputs), targets)
+            loss.backward(create_graph=graph)
+            return loss.detach()
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using backward")
+            mine.step(partial(closure, True, model, mine))
+        theirs.step(partial(closure, False, other, theirs))
+    assert same(values(model), values(other))

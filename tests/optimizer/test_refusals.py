@@ -1,5 +1,6 @@
 """Bad input is refused before anything changes, with the value and the fix in the message; a good call then works."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -566,3 +567,51 @@ def test_reentrant_checkpoints_are_looked_for_in_the_first_step_and_when_another
     assert same(values(model), before)
     model.reentrant = False
     optimizer.step(closure)
+
+
+class SkipsBlocks(nn.Module):
+    """Stochastic depth: each block is left out at random, by itself."""
+
+    def __init__(self, rate: float, through: bool = False) -> None:
+        super().__init__()
+        self.rate, self.through = rate, through
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if torch.rand(()) >= self.rate:
+                x = x + block(Through.apply(x) if self.through else x).tanh()
+        return self.head(x)
+
+
+class Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.2}, {"beta": 0.2, "gamma": 1}, {"ascent_share": 0.5}], ids=str)
+@pytest.mark.parametrize("through", [False, True])
+def test_layers_that_are_left_out_at_random_do_no_harm(options, through):
+    torch.manual_seed(0)
+    model = SkipsBlocks(0.6, through)
+    optimizer = sgd(model, **options)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for seed in range(100):
+            torch.manual_seed(seed)
+            optimizer.step(batch_closure(model, cross_entropy, INPUTS, TARGETS))
+    assert len(said) <= through  # what a function written in Python hides looks the same: said once
+
+
+def test_groups_that_are_added_by_hand():
+    model = mlp()
+    optimizer = sgd(model)
+    optimizer.param_groups.append({"params": [nn.Parameter(torch.ones(3))], "lr": 0.1})
+    with pytest.raises(ValueError, match=r"no 'rho'.*add_param_group\(\)"):
+        optimizer.backward(batch_closure(model, cross_entropy, INPUTS, TARGETS))

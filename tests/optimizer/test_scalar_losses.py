@@ -125,3 +125,22 @@ def test_what_has_no_loss_is_refused(result, words):
     optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, gamma=1)
     with pytest.raises(TypeError, match=words):
         optimizer.backward(lambda index: result(spread(model(INPUTS))))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_terms_of_which_one_is_made_of_others_are_refused(scale):
+    model = mlp()
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, gamma=1)
+    inputs = batches(1)[0][0]
+
+    def losses(index):
+        a, b = model(inputs).square().mean(), model(inputs).abs().mean()
+        return {"total": a + scale * b, "a": a, "b": b}
+
+    before = values(model)
+    with pytest.raises(ValueError, match=r"'total' is made of 'a'.*\{'loss': losses\['total'\]\}"):
+        optimizer.step(losses)
+    assert same(values(model), before)
+    optimizer.step(lambda index: {name: loss for name, loss in losses(index).items() if name != "total"})
+    optimizer.step(lambda index: {"loss": losses(index)["total"], "a": 0.0})
+    assert not same(values(model), before)

@@ -147,3 +147,29 @@ def test_only_weights_that_a_forward_writes_are_kept_after_the_first_pass_of_all
         kept.clear()
         optimizer.step(batch_closure(model, cross_entropy, INPUTS, TARGETS))
         assert [count for count in kept if count] == weights
+
+
+@pytest.mark.parametrize("removed", [0, 1])
+def test_a_group_that_is_taken_away_takes_none_of_them_along(removed):
+    torch.manual_seed(0)
+    embedding, head = nn.Embedding(5, 3, max_norm=0.5), nn.Linear(3, 2)
+    model = nn.Sequential(embedding, head)
+    groups = [{"params": head.parameters()}, {"params": embedding.parameters()}]
+    optimizer = ESAM(groups, torch.optim.SGD, lr=0.1)
+    inputs, targets = torch.randint(5, (8,)), torch.randint(2, (8,))
+    loss_fn = nn.CrossEntropyLoss(reduction="none")
+    optimizer.step(batch_closure(model, loss_fn, inputs, targets))
+    (embedding if removed else head).requires_grad_(False)
+    del optimizer.param_groups[removed]
+    optimizer.step(batch_closure(model, loss_fn, inputs, targets))
+    before = values(model)
+
+    def failing(outputs, targets):
+        raise KeyboardInterrupt
+
+    embedding.weight.data.mul_(10)  # so that the next forward writes it
+    before = values(model)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(batch_closure(model, failing, inputs, targets))
+    if not removed:
+        assert same(values(model), before)
