@@ -106,11 +106,12 @@ def _other_base(sweep: dict[str, Any]) -> str | None:
 def task(sweep: dict[str, Any]) -> str:
     """What a sweep is trained on, in few words."""
     settings = sweep["settings"]
-    parts = [{"cifar10": "CIFAR-10", "digits": "digits"}.get(settings["data"], settings["data"])]
-    parts += [settings["model"]] if settings["model"] == "vit_s" else []
-    parts += [base] if (base := _other_base(sweep)) else []
-    parts += [] if settings.get("augment", True) else ["not augmented"]
-    return ", ".join(parts) + (f" ({100 * settings['label_noise']:.0f} % wrong)" if settings["label_noise"] else "")
+    data, model, base = settings["data"], settings["model"], settings.get("base", "sgd")
+    parts = [("noisy " if settings["label_noise"] else "") + {"cifar10": "CIFAR-10"}.get(data, data)]
+    parts += [model] if model == "vit_s" else []
+    parts += [base] if base != ("adamw" if model == "vit_s" else "sgd") else []
+    parts += [] if settings.get("augment", True) else ["plain"]
+    return ", ".join(parts)
 
 
 def _share_of_time(name: str, measured: Mapping[str, Sequence[float]]) -> str:
