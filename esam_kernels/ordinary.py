@@ -20,32 +20,24 @@ class OrdinaryClosure:
         self._functions = {True: function, False: computation}  # for the last call, and for a call before it
         self.params = params
         self.returned: list[Any] = []  # by the first call
-        self._named: list[tuple[str, Tensor, int]] = []  # what it names, with the versions from before its first call
+        self._named: list[tuple[str, Tensor, int]] = []  # what it names, with the versions from before a call
         self._before = [param.grad for param in params]
         self._versions = [0 if grad is None else grad._version for grad in self._before]
 
     def begin(self, last: bool) -> None:
-        """Before a call: set the gradients that it begins with; warn of what the call before it has written."""
+        """Before a call: set the gradients that it begins with."""
         for param, grad in zip(self.params, self._before):
             param.grad = grad if last else None
-        if last:
-            written = sorted({name for name, tensor, version in self._named if tensor._version != version})
-            if written:
-                warn(
-                    f"the closure writes into {', '.join(written)} in place, and is called twice in a step: let it "
-                    "write into a copy; what counts or adds up over the steps belongs behind the step"
-                )
-        else:
-            own = set(map(id, self.params))
-            named = [(name, one) for name, one in tensors_behind(self._functions[False]) if id(one) not in own]
-            self._named = [(name, one, one._version) for name, one in named if not one.is_inference()]
+        if not last:
+            named = [(name, one) for name, one in tensors_behind(self._functions[False]) if not one.is_inference()]
+            self._named = [(name, one, one._version) for name, one in named]
 
     def forget(self) -> None:
         """The closure has cleared the gradients: those from before the step need no memory until the last call."""
         self._before = [None] * len(self.params)
 
     def check(self, last: bool, works: bool) -> bool:
-        """After a call: whether the closure made a gradient.
+        """After a call: whether the closure made a gradient. Warns of what a call before the last has written.
 
         Args:
             last: whether it was the last call.
@@ -55,6 +47,12 @@ class OrdinaryClosure:
         Raises:
             RuntimeError: if it made none and never has.
         """
+        written = sorted({name for name, one, version in self._named if one._version != version}) if not last else []
+        if written:
+            warn(
+                f"the closure writes into {', '.join(written)} in place, and is called twice in a step: let it write "
+                "into a copy; what counts or adds up over the steps belongs behind the step"
+            )
         before = self._before if last else [None] * len(self.params)
         rows = [
             (param.grad, grad, version)

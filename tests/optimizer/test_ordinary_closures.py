@@ -495,6 +495,10 @@ def test_a_batch_that_the_closure_writes_is_named(named_by):
         "partial": partial(work, inputs, targets),
         "tuple": lambda: work(*batch),
     }
+    held = [param.detach() for param in model.parameters()]  # which the perturbation writes, and no closure
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(lambda: ordinary(model, optimizer, inputs.clone(), targets)() + 0 * held[0].sum())
     with pytest.warns(UserWarning, match=r"writes into \w+ in place, and is called twice in a step.*copy") as said:
         optimizer.step(closures[named_by])
     assert said[0].filename == __file__
