@@ -32,9 +32,12 @@ results-digits: $(READY)  # with a fifth of the labels wrong; an hour on one cor
 results-images: export OMP_NUM_THREADS := 1
 results-images: images := --data cifar10 --data-file $(DATA) --train-samples 10000 --validation-samples 2000 \
 	--image-size 16 --sharpness-samples 0 --rounds 4
-results-images: $(READY)  # on a fifth of CIFAR-10, at DATA; five hours on one core
+results-images: $(READY)  # on a fifth of CIFAR-10, at DATA; seven hours on one core
 	$(BIN)/python -m benchmarks frontier $(images) --width 8 --channels-last --epochs 30 --seeds 5 --lr 0.2 \
 		--choose 0.5 1 2 --configurations sgd nesterov sam esam momentum previous share-quarter sam-tail0.2 sam-tail0.5
+	$(BIN)/python -m benchmarks frontier $(images) --rounds 10 --width 8 --channels-last --no-augment --epochs 15 --seeds 5 \
+		--lr 0.4 --choose 0.5 1 2 --configurations sgd nesterov sam momentum momentum-plus random-direction previous \
+		sam-tail0.2 sam-tail0.5 momentum-then-sam
 	$(BIN)/python -m benchmarks frontier $(images) --model vit_s --width 32 --epochs 15 --seeds 3 --base adamw \
 		--lr 1.5e-3 --weight-decay 0.05 --choose 0.1 0.3 1 2 --configurations sgd sam momentum sam-tail0.5 \
 		random-direction
