@@ -16,7 +16,7 @@ from . import page, plots, tables
 
 # The README's rows of the frontier, of which it shows those that were measured.
 HEADLINES = (
-    "sgd", "sgd-short", "nesterov", "momentum", "previous", "sam-tail0.2", "sam-tail0.5", "sam",
+    "sgd", "sgd-short", "nesterov", "momentum", "previous", "momentum-then-sam", "sam-tail0.2", "sam-tail0.5", "sam",
     "esam",
 )  # fmt: skip
 

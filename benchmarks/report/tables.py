@@ -67,7 +67,7 @@ def headline(sweeps: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]
         results: of any benchmark, of which those of ``step_cost`` say what a method costs.
         names: the methods, of which those are shown that a sweep has.
     """
-    columns = ["method", "time over SGD's", *(f"{task(one)}, %" for one in sweeps)]
+    columns = ["method", "time over SGD's", *map(task, sweeps)]
     rows, measured = [], _costs_over_sgd(results)
     for name in names:
         found = [sweep["configurations"].get(name) for sweep in sweeps]
@@ -81,7 +81,7 @@ def headline(sweeps: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]
         + f", {sweep['settings']['epochs']} epochs, {_most_seeds(sweep, 'equal_epochs')} seeds."
         for sweep in sweeps
     ]
-    about += ["Mean ± standard deviation.", *_places(sweeps)]
+    about += ["Accuracy is in %, mean ± standard deviation.", *_places(sweeps)]
     timed = "Time is that of a step, the least and the most of all networks and batch sizes."
     if any(sweep["settings"].get("choose") for sweep in sweeps):
         timed += " Each method's radius, or rate where it has none, was chosen on other images from other seeds."

@@ -282,7 +282,7 @@ def test_what_the_readme_shows_first_is_that_of_the_results(results):
     result = results["frontier_digits_cpu"]
     shown = tables.headline([result], list(results.values()), ("sgd", "esam", "sam"))
     (rows,) = (block.rows for block in tables.blocks(shown) if block[0] == [
-        "method", "time over SGD's", "noisy digits, %"
+        "method", "time over SGD's", "noisy digits"
     ])  # fmt: skip
     assert [row[0] for row in rows] == ["SGD", "ESAM"]  # SAM was not measured
     esam = result["configurations"]["esam"]
