@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import ops
     from .closure import batch_closure
     from .layers import param_groups_by_layer
     from .losses import token_loss
@@ -16,11 +17,12 @@ __all__ = [
     "batch_closure",
     "current_pass",
     "first_pass",
+    "ops",
     "param_groups_by_layer",
     "token_loss",
 ]
 
-__version__ = "0.1.0"  # read by pyproject.toml, without importing this
+__version__ = "0.2.0.dev0"  # read by pyproject.toml, without importing this
 
 _HOMES = {
     "ESAM": ".optimizer",
@@ -34,6 +36,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: what reads the options alone, as the report does, needs no torch."""
+    if name == "ops":
+        return importlib.import_module(".ops", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name], __name__), name)
