@@ -1,7 +1,7 @@
 """What a step has found on its way, for progress bars and logs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
@@ -29,8 +29,8 @@ class LastStep:
     norm: Tensor | None = None
     weights: int = 0
     rows: tuple[int, ...] = ()
-    _at_weights: Sequence[MicroBatch] = ()
-    _perturbed: Sequence[MicroBatch] = ()
+    _at_weights: Sequence[MicroBatch] = field(default=(), repr=False)
+    _perturbed: Sequence[MicroBatch] = field(default=(), repr=False)
 
     @cached_property
     def loss(self) -> Tensor | None:

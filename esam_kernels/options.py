@@ -108,7 +108,7 @@ class Settings:
         ("gradient", "momentum", "previous"),
         "climb along this batch's gradient, or save that pass: \"momentum\" climbs against the base optimizer's first "
         'moment, along which steps go down (MSAM, arXiv 2401.12033), "previous" along the gradient of the last step; '
-        "who changes it in param_groups sets rho too",
+        "where it is changed in param_groups rho stays as it was: set both",
     )
     ascent_share: float = _share(
         1.0,
