@@ -36,11 +36,12 @@ results-images: $(READY)  # on a fifth of CIFAR-10, at DATA; seven hours on one 
 	$(BIN)/python -m benchmarks frontier $(images) --width 8 --channels-last --epochs 30 --seeds 5 --lr 0.2 \
 		--choose 0.5 1 2 --configurations sgd nesterov sam esam momentum previous share-quarter sam-tail0.2 sam-tail0.5
 	$(BIN)/python -m benchmarks frontier $(images) --rounds 10 --width 8 --channels-last --no-augment --epochs 15 --seeds 5 \
-		--lr 0.4 --choose 0.5 1 2 --configurations sgd nesterov sam momentum momentum-plus random-direction previous \
-		sam-tail0.2 sam-tail0.5 momentum-then-sam
-	$(BIN)/python -m benchmarks frontier $(images) --model vit_s --width 32 --epochs 15 --seeds 3 --base adamw \
-		--lr 1.5e-3 --weight-decay 0.05 --choose 0.1 0.3 1 2 --configurations sgd sam momentum sam-tail0.5 \
-		random-direction
+		--lr 0.4 --choose 0.5 1 2 --configurations sgd nesterov sam esam esam-random momentum momentum-plus \
+		random-direction previous share-quarter share-half sam-tail0.2 sam-tail0.5 esam-tail0.2 esam-tail0.5 \
+		sam-interval2 sam-interval5 momentum-then-sam sgd-short
+	$(BIN)/python -m benchmarks frontier $(images) --rounds 10 --model vit_s --width 32 --epochs 15 --seeds 5 --base adamw \
+		--lr 3e-3 --weight-decay 0.05 --choose 0.1 0.5 1 2 --configurations sgd sam momentum previous sam-tail0.2 \
+		sam-tail0.5 momentum-then-sam
 	$(BIN)/python -m benchmarks report
 
 test: $(READY)  # the whole test suite; needs no GPU

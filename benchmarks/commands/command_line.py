@@ -17,6 +17,7 @@ from ..measuring.journal import PACKAGES, Journal, code_fingerprint
 from ..record import RESULTS
 from ..training import data
 from ..training.catalogue import IMAGE_WIDTHS, WIDTHS
+from ..training.methods import METHODS
 from ..training.run import Task
 from ..training.trainers import BASES, DTYPES, Settings, left_out
 
@@ -123,7 +124,7 @@ def parse(
     args = parser.parse_args(argv)
     given = settings(args)
     if args.rho is None:
-        args.rho = given.radius(given.esam)
+        (args.rho,) = METHODS["esam"].radii(given.esam, given.base)
     return args
 
 

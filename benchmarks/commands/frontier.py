@@ -159,13 +159,26 @@ class Sweep:
         """
         if not self.args.choose:
             return 1.0
-        found: dict[float, list[float]] = {}
+        tried = self.tried(name)
+        if tried.keys() != set(self.args.choose):
+            return None
+        gain = {factor: -math.inf if accuracy is None else accuracy for factor, accuracy in tried.items()}
+        return min(gain, key=lambda factor: (-gain[factor], abs(math.log(factor))))
+
+    def tried(self, name: str) -> dict[float, float | None]:
+        """The mean accuracy on the validation part with each factor of which all runs are finished.
+
+        None where one diverged.
+        """
+        found: dict[float, list[dict[str, Any] | None]] = {}
         for run in self.choices(name):
-            if (result := self.result(run)) is None:
-                return None
             assert run.factor is not None
-            found.setdefault(run.factor, []).append(-math.inf if result["diverged"] else result["test_accuracy"])
-        return min(found, key=lambda factor: (-mean(found[factor]), abs(math.log(factor))))
+            found.setdefault(run.factor, []).append(self.result(run))
+        finished = {factor: [run for run in runs if run] for factor, runs in found.items() if all(runs)}
+        return {
+            factor: None if any(run["diverged"] for run in runs) else mean(run["test_accuracy"] for run in runs)
+            for factor, runs in finished.items()
+        }
 
     def plan(self) -> list[Planned]:
         """The runs in their order: all configurations of a seed before the next, so that a stop leaves them equal.
@@ -349,7 +362,9 @@ def summarize(sweep: Sweep) -> dict[str, Any]:
         timed, share = sweep.calibration["steps"][name], sweep.epochs["equal_epochs"][name] / args.epochs
         training_time = share * timed["time_over_sgd"]["median"]
         about = {"label": METHODS[name].label, **timed, "training_time_over_sgd": training_time}
-        configurations[name] = about | ({"factor": factors[name]} if args.choose else {})
+        if args.choose:
+            about |= {"factor": factors[name], "tried": {f"{key:g}": value for key, value in sweep.tried(name).items()}}
+        configurations[name] = about
     for panel in PANELS:
         runs = {
             name: [

@@ -49,14 +49,14 @@ def summary(results: Iterable[dict[str, Any]]) -> str:
 
 
 def costs(results: Sequence[dict[str, Any]]) -> str:
-    """A sentence on what steps cost more than SGD's: the least and the most over all results of ``step_cost``."""
+    """A sentence on what steps cost more than SGD's: the least and the most over all results that timed them."""
     measured = _costs_over_sgd(results)
     parts = [
         f"{what} {found[0]:+.0f} to {found[-1]:+.0f} %"
         for name, what in (("sam", "SAM"), ("esam", "ESAM"), ("esam-bf16", "ESAM with bf16 steering"))
         if (found := measured.get(name))
     ]
-    return f"Time of a single step over SGD's, where it was measured by itself: {', '.join(parts)}."
+    return f"Time of a step over SGD's, the least and the most of all results: {', '.join(parts)}."
 
 
 def headline(sweeps: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
@@ -75,17 +75,23 @@ def headline(sweeps: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]
             accuracies = [_panel_accuracy(one["equal_epochs"]) if one else "" for one in found]
             rows.append([METHODS[name].label, _share_of_time(name, measured), *accuracies])
     about = [
-        f"{task(sweep)}: {sweep['data']}, {sweep['settings']['model']}"
-        + (f" of width {sweep['settings']['width']}" if sweep["settings"]["width"] else "")
+        f"{task(sweep)}: {_network(sweep)}"
         + (f" with {base} in the place of SGD" if (base := _other_base(sweep)) else "")
         + f", {sweep['settings']['epochs']} epochs, {_most_seeds(sweep, 'equal_epochs')} seeds."
         for sweep in sweeps
     ]
     about += ["Accuracy is in %, mean ± standard deviation.", *_places(sweeps)]
-    timed = "Time is that of a step, the least and the most of all networks and batch sizes."
+    timed = "Time is that of a step, the least and the most of all results: by itself, and before each of these sweeps."
     if any(sweep["settings"].get("choose") for sweep in sweeps):
         timed += " Each method's radius, or rate where it has none, was chosen on other images from other seeds."
     return "\n\n".join([table(columns, rows), " ".join([timed, *about])])
+
+
+def _network(result: dict[str, Any]) -> str:
+    """What is trained on what."""
+    settings = result["settings"]
+    width = f" of width {settings['width']}" if settings.get("width") else ""
+    return f"{result['data']}, {settings['model']}{width}"
 
 
 def _places(sweeps: Sequence[dict[str, Any]]) -> list[str]:
@@ -123,10 +129,11 @@ def _share_of_time(name: str, measured: Mapping[str, Sequence[float]]) -> str:
 
 
 def _costs_over_sgd(results: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """What steps of each method cost more than SGD's in percent, ascending, where they were timed by themselves."""
+    """What steps of each method cost more than SGD's in percent, ascending: by themselves, and as sweeps timed them."""
     measured: dict[str, list[float]] = {}
-    for result in (one for one in results if one["benchmark"] == "step_cost"):
-        for name, method in result.get("methods", {}).items():
+    for result in results:
+        methods = {"step_cost": "methods", "frontier": "configurations"}.get(result["benchmark"], "")
+        for name, method in result.get(methods, {}).items():
             if method.get("time_over_sgd"):
                 measured.setdefault(name, []).append(100 * (method["time_over_sgd"]["median"] - 1))
     return {name: sorted(found) for name, found in measured.items()}
@@ -156,11 +163,10 @@ def sound_curves(result: dict[str, Any], name: str) -> dict[int, list[dict[str, 
 def subject(result: dict[str, Any]) -> str:
     """What a result is about, in a few words: its benchmark's data, network, batch and device."""
     settings = result["settings"]
-    width = f" of width {settings['width']}" if settings.get("width") else ""
-    network = [f"{settings['model']}{width}"] if "model" in settings else []
+    network = [_network(result)] if "model" in settings else [result["data"]]
     batch = [f"batch {settings['batch_size']}"] if "batch_size" in settings else []
     amp = [f"{settings['amp']} autocast"] if settings.get("amp") else []
-    return ", ".join([result["data"], *network, *batch, *amp, settings["device"].upper()])
+    return ", ".join([*network, *batch, *amp, settings["device"].upper()])
 
 
 def train(result: dict[str, Any]) -> str:
@@ -199,18 +205,17 @@ def frontier(result: dict[str, Any]) -> str:
     finished = result["runs"]["finished"] == result["runs"]["planned"]
     columns = ["configuration", "training time over SGD", f"accuracy at {settings['epochs']} epochs, %"]
     chosen, tested = "choose" in settings and settings["choose"], _seeds_of(configurations["sgd"]["equal_epochs"]) > 1
-    columns[1:1] = ["factor"] if chosen else []
+    columns[1:1] = ["rho, or lr"] if chosen else []
     columns += [
         *(["p against SGD"] if tested else []),
         *(["Pareto front"] if finished else []),
         "epochs in SGD's time",
         "accuracy, %",
-        "time taken over SGD",
     ]
     rows = []
-    for one in configurations.values():
-        by_epochs, by_time, sgd = one["equal_epochs"], one["equal_time"], configurations["sgd"]["equal_time"]
-        row = [one["label"], *([_factor(one["factor"])] if chosen else [])]
+    for name, one in configurations.items():
+        by_epochs, by_time = one["equal_epochs"], one["equal_time"]
+        row = [one["label"], *([_radius_or_rate(result, name)] if chosen else [])]
         row += [f"{one['training_time_over_sgd']:.2f}", _panel_accuracy(by_epochs)]
         row += (
             [_p(by_epochs, configurations["sgd"]["equal_epochs"])]
@@ -219,14 +224,13 @@ def frontier(result: dict[str, Any]) -> str:
         )
         row += [""] if tested and one is configurations["sgd"] else []
         row += ["yes" if by_epochs["on_front"] else ""] if finished else []
-        row += [str(by_time["epochs"]) if by_time else "", _panel_accuracy(by_time)]
-        rows.append([*row, f"{by_time['seconds'] / sgd['seconds']:.2f}" if by_time and sgd else ""])
+        rows.append([*row, str(by_time["epochs"]) if by_time else "", _panel_accuracy(by_time)])
     found: dict[str, dict[str, list[dict[str, Any]]]] = {"": {}, "in SGD's time: ": {}}
     for one in configurations.values():
         for prefix, panel in zip(found, PANELS):
             runs = one[panel]["runs"] if one[panel] else []
             found[prefix][one["label"]] = [run["sharpness"] for run in runs if run["sharpness"]]
-    about = [*left_out(result), _about_sweep(result, finished)]
+    about = [*left_out(result), _about_sweep(result, finished), *_tried(result)]
     return "\n\n".join([table(columns, rows), *about, *sharpness(result, found)])
 
 
@@ -236,9 +240,10 @@ def _about_sweep(result: dict[str, Any], finished: bool) -> str:
     amp = f", {settings['amp']} autocast" if settings["amp"] else ""
     by_epochs, by_time = (_most_seeds(result, panel) for panel in PANELS)
     sentences = [
-        f"{result['data']}, {settings['model']}, batch {settings['batch_size']}{amp}, rho {settings['rho']}, beta "
-        f"{settings['beta']}, gamma {settings['gamma']} unless the row says otherwise; the learning rate anneals over "
-        "a run's own epochs.",
+        f"{_network(result)}, batch {settings['batch_size']}{amp}; learning rate {settings['lr']:g}, annealed over a "
+        f"run's own epochs. ESAM's rows have beta {settings['beta']:g} and gamma {settings['gamma']:g} unless they say "
+        "otherwise, all others that perturb have beta 1 and, unless they say otherwise, gamma 1"
+        + ("." if settings.get("choose") else f"; rho is {settings['rho']:g}, or what suits the ascent."),
         f"Accuracy is of {_seeds(by_epochs)} at equal epochs and of {_seeds(by_time)} in SGD's time.",
         f"Training time is that at equal epochs, from a step's, the median of {settings['rounds']} interleaved rounds.",
     ]
@@ -252,9 +257,9 @@ def _about_sweep(result: dict[str, Any], finished: bool) -> str:
         sentences.append(f"The base optimizer is {base}: rows that name SGD are it alone.")
     if settings.get("choose"):
         sentences.append(
-            "Factor: what the method's own radius is multiplied with, or where it has none the rate, chosen of "
-            f"{', '.join(f'{factor:g}' for factor in settings['choose'])} on {settings['validation_samples']} other "
-            f"images from {settings['choose_seeds']} other seeds."
+            "A row's rho, or where it has none its learning rate, is one of the usual times "
+            f"{', '.join(f'{factor:g}' for factor in settings['choose'])}, chosen on {settings['validation_samples']} "
+            f"other images from {_count(settings['choose_seeds'], 'other seed')}."
         )
     if _seeds_of(configurations["sgd"]["equal_epochs"]) > 1:
         sentences.append("p is Welch's, two-sided, of the accuracies at equal epochs, of many comparisons.")
@@ -287,8 +292,28 @@ def _seeds_of(panel: dict[str, Any] | None) -> int:
     return panel["seeds"] if panel else 0
 
 
-def _factor(factor: float | None) -> str:
-    return "" if factor is None else f"{factor:g}"
+def _tried(result: dict[str, Any]) -> list[str]:
+    """The table of what each radius or rate was chosen by, and its caption; nothing if there is none."""
+    configurations = {name: one for name, one in result["configurations"].items() if one.get("tried")}
+    if not configurations:
+        return []
+    factors = [f"{factor:g}" for factor in result["settings"]["choose"]]
+    rows = [
+        [one["label"], *("diverged" if (got := one["tried"][by]) is None else f"{got:.2f}" for by in factors)]
+        for one in configurations.values()
+    ]
+    caption = "What was chosen by: accuracy on the validation part, %, at so many times the usual rho or learning rate:"
+    return [caption, table(["configuration", *factors], rows)]
+
+
+def _radius_or_rate(result: dict[str, Any], name: str) -> str:
+    """The cell on what was chosen for a configuration: its radius, the late one behind it, or a rate; empty if none."""
+    settings, factor = result["settings"], result["configurations"][name]["factor"]
+    if factor is None:
+        return ""
+    if not METHODS[name].has_radius:
+        return f"lr {factor * settings['lr']:.3g}"
+    return ", then ".join(f"{rho:.3g}" for rho in METHODS[name].radii(settings, settings.get("base", "sgd"), factor))
 
 
 def _p(panel: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
@@ -625,7 +650,11 @@ def _time(row: dict[str, Any]) -> list[str]:
 
 
 def _seeds(number: int) -> str:
-    return "1 seed" if number == 1 else f"{number} seeds (mean ± standard deviation)"
+    return _count(number, "seed") + (" (mean ± standard deviation)" if number != 1 else "")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("s" if number != 1 else "")
 
 
 def _panel_accuracy(panel: dict[str, Any] | None) -> str:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from esam_kernels.options import OPTIONS, make
+
 
 @dataclass(frozen=True)
 class Method:
@@ -49,10 +51,34 @@ class Method:
         """Whether it perturbs weights."""
         return not self.trainer.startswith("sgd")
 
+    def radii(self, esam: Mapping[str, Any], base: str, factor: float = 1.0) -> list[float]:
+        """Its radius, and where another follows late in training that one, too.
+
+        One that climbs along another direction than the options has its own.
+
+        Args:
+            esam: the command line's options of ESAM; one that is not given has its default.
+            base: the base optimizer's name.
+            factor: what the radii are multiplied with.
+        """
+        esam = {name: esam.get(name, option.default) for name, option in OPTIONS.items()}
+        changed = dict(self.options)
+        if changed.get("ascent", esam["ascent"]) != esam["ascent"]:
+            changed.setdefault("rho", None)
+        stages = [{**esam, **changed}] + ([{**esam, **self.late_options}] if self.late_options else [])
+        return [self.rho_factor * factor * _radius(stage, base) for stage in stages]
+
     @property
     def compares_precision(self) -> bool:
         """Whether it compares bf16 with float32, which makes no sense where --amp sets the precision of all passes."""
         return self.amp is not None or "steering_dtype" in self.options
+
+
+def _radius(esam: Mapping[str, Any], base: str) -> float:
+    """The radius among ESAM's options; where none is given, the one that suits the direction of ascent."""
+    if esam["rho"] is not None:
+        return float(esam["rho"])
+    return float(make({"ascent": esam["ascent"]}, base_has_betas=base == "adamw")["rho"])
 
 
 def _esam(label: str, **options: Any) -> Method:

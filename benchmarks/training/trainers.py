@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from esam_kernels import ESAM, batch_closure, ops
-from esam_kernels.options import OPTIONS, STEP, make
+from esam_kernels.options import OPTIONS, STEP
 
 from .losses import LossFunction, mean_loss, per_sample_loss
 from .methods import METHODS, Method
@@ -75,32 +75,22 @@ class Settings:
             return {**shared, "betas": (self.momentum, 0.999)}
         return {**shared, "momentum": self.momentum, "nesterov": self.nesterov}
 
-    def radius(self, esam: Mapping[str, Any]) -> float:
-        """The radius among ESAM's options; where none is given, the one that suits the direction of ascent."""
-        if esam["rho"] is not None:
-            return float(esam["rho"])
-        return float(make({"ascent": esam["ascent"]}, base_has_betas=self.base == "adamw")["rho"])
-
     @property
     def seed(self) -> int:
         """Of the initial weights, of the batches, and of ESAM's draws."""
         return int(self.esam["seed"])
 
     def by(self, method: Method) -> "Settings":
-        """As a method has them; one that climbs along another direction has its own radius.
+        """As a method has them, with its own radii.
 
         What it changes in a share of the training begins at a whole step.
         """
-        changed = dict(method.options)
-        if changed.get("ascent", self.esam["ascent"]) != self.esam["ascent"]:
-            changed.setdefault("rho", None)
-        esam = {**self.esam, **changed}
-        factor = method.rho_factor * (self.factor if method.has_radius else 1.0)
-        esam["rho"] = factor * self.radius(esam)
+        rho, *late_rho = method.radii(self.esam, self.base, self.factor if method.has_radius else 1.0)
+        esam = {**self.esam, **method.options, "rho": rho}
         begin = round((1 - method.late_share) * self.steps)
         late: dict[str, Any] = dict(method.late_options)
         if late:
-            late["rho"] = factor * self.radius({**self.esam, **late})
+            (late["rho"],) = late_rho
         elif method.late_share < 1:
             esam["start"] = begin
         return replace(

@@ -435,6 +435,12 @@ def test_factors_are_chosen_on_images_that_are_neither_trained_nor_tested_on(tmp
     assert settings[1].esam["rho"] == one.args.rho / 2
     summary = frontier.summarize(one)["configurations"]
     assert {name: row["factor"] for name, row in summary.items()} == {"sgd": 2.0, "esam": 0.5}
+    assert summary["esam"]["tried"] == {"0.5": 95.0, "1": 90.0, "2": 90.0}
+    shown = tables.frontier(record.header("frontier", one.images.label, one.args) | frontier.summarize(one))
+    first, *_, chosen = (block for block in tables.blocks(shown) if isinstance(block, tables.Table))
+    rate, rho = f"lr {2 * one.args.lr:g}", f"{one.args.rho / 2:g}"
+    assert [row[1] for row in first.rows] == [rate, rho]
+    assert chosen.rows == [["SGD", "90.00", "90.00", "95.00"], ["ESAM", "95.00", "90.00", "90.00"]]
     validation, train_part = one.args.validation, one.images
     assert torch.equal(validation.train_images, train_part.train_images)
     assert len(validation.test_labels) == 100
@@ -464,7 +470,7 @@ def test_a_whole_sweep_with_choices_on_small_images_with_adamw(tmp_path, capsys)
     assert "scikit-learn digits of 6 pixels" in printed
     assert "the first moment and the next step's gradient have a cosine of" in printed
     assert "| p against SGD |" in printed
-    assert re.search(r"^\| momentum +\| +0\.5 \|", printed, re.MULTILINE)
+    assert re.search(r"^\| momentum +\| +0\.15 \|", printed, re.MULTILINE)
     result = json.loads((tmp_path / "frontier_digits_cpu.json").read_text())
     runs = result["configurations"]["momentum"]["equal_epochs"]["runs"]
     assert all(-1 <= value <= 1 for run in runs for value in run["cosines"])
