@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import ops
+    from . import ops as ops
     from .closure import batch_closure
     from .layers import param_groups_by_layer
     from .losses import token_loss
@@ -17,7 +17,6 @@ __all__ = [
     "batch_closure",
     "current_pass",
     "first_pass",
-    "ops",
     "param_groups_by_layer",
     "token_loss",
 ]
