@@ -1,7 +1,6 @@
 """The base optimizer: which can be one, and which of its attributes ESAM shows as its own."""
 
 import inspect
-import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .bases import Bases, each_of
+from .ops.memory import addresses, two_that_share
 from .ops.reference import is_dense
 from .options import OPTIONS, STEP, STORED
 from .sharding import is_sharded, local_shard
@@ -18,6 +18,11 @@ from .sharding import is_sharded, local_shard
 _WITHOUT_FIRST_MOMENT = (
     torch.optim.Adadelta, torch.optim.Adafactor, torch.optim.Adagrad, torch.optim.ASGD, torch.optim.Rprop
 )  # fmt: skip
+
+
+_NEEDS_GRAPH = ("AdaHessian", "SophiaH")  # of pytorch_optimizer: they differentiate the gradients
+_IN_ANOTHER_BASIS = ("APOLLO", "Fira", "GaLore")  # of pytorch_optimizer: where a group has a rank, so is the moment
+_MAXIMIZES = "maximize = True: ESAM minimizes the loss; negate it and leave maximize out"
 
 
 def of_base(name: str) -> Any:
@@ -123,6 +128,7 @@ def make_base(
     check_not_empty(params)
     given = [list(group) if isinstance(group, dict) else [] for group in params] if isinstance(params, list) else []
     made = base(params, **base_options)
+    _check_free(made)
     check_not_empty(params_of(made.param_groups))
     if len(given) != len(made.param_groups):  # parameters without groups, which are one
         given = [sorted({key for keys in given for key in keys})] * len(made.param_groups)
@@ -134,12 +140,22 @@ def _check_kind(kind: type[torch.optim.Optimizer]) -> None:
         raise ValueError(
             f"base is {kind.__name__}, which is sharpness-aware itself: give the optimizer that it is around"
         )
+    if kind.__name__ in _NEEDS_GRAPH:
+        raise ValueError(
+            f"base is {kind.__name__}, which needs a graph of the gradients, and backward() leaves none: take another"
+        )
     closure = inspect.signature(kind.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(f"{kind.__name__} evaluates a closure in its own step, so ESAM cannot be built on it")
 
 
 def _check_free(base: torch.optim.Optimizer) -> None:
+    if not hasattr(base, "defaults"):
+        raise ValueError(
+            f"base is a {type(base).__name__}, which does not show its optimizer's defaults: give that optimizer itself"
+        )
+    if getattr(base, "maximize", False):  # where pytorch_optimizer's have it
+        raise ValueError(_MAXIMIZES)
     if STEP in base.defaults:
         raise ValueError(f"this {type(base).__name__} is the base of another ESAM already: make a new one")
 
@@ -186,6 +202,11 @@ def check_ascent(base: torch.optim.Optimizer, ascent: str, groups: Sequence[dict
         )
     if ascent == "momentum":
         switched_off = any(group.get("momentum") == 0 and "betas" not in group for group in groups)
+        if name in _IN_ANOTHER_BASIS and any("rank" in group for group in groups):
+            raise ValueError(
+                f"ascent = 'momentum': {name} keeps the first moment of a group with a rank in another basis than the "
+                "weights': set ascent='previous' or 'gradient'"
+            )
         # What AccSGD of pytorch_optimizer has under the name momentum_buffer are weights.
         if switched_off or type(base) in _WITHOUT_FIRST_MOMENT or name == "AccSGD":
             raise ValueError(
@@ -203,7 +224,7 @@ def check_params(groups: Sequence[dict[str, Any]]) -> None:
     """
     for group in groups:
         if group.get("maximize"):
-            raise ValueError("maximize = True: ESAM minimizes the loss; negate it and leave maximize out")
+            raise ValueError(_MAXIMIZES)
         for param in group["params"]:
             if param.is_complex():
                 raise ValueError(
@@ -225,39 +246,17 @@ def check_storage(params: Sequence[Tensor]) -> None:
                 "whichever place it is listed for, so list it once, for example list(dict.fromkeys(params))"
             )
     stored = [local_shard(param) for param in params if not is_lazy(param) and param.device.type != "meta"]
-    stored = [param for param in stored if param.numel() > 0]
-    spans = sorted(((*span(param), i) for i, param in enumerate(stored)), key=lambda span: span[:2])
     for param in stored:
-        if not is_dense(param) and _addresses(param).unique().numel() < param.numel() * param.element_size():
+        if not is_dense(param) and addresses(param).unique().numel() < param.numel() * param.element_size():
             raise ValueError(
                 f"a parameter of shape {list(param.shape)} and strides {list(param.stride())} holds elements twice: "
                 "give a contiguous one, such as its clone()"
             )
-    for place, (_, end, i) in enumerate(spans):
-        for start, _, j in itertools.islice(spans, place + 1, None):
-            if start >= end:
-                break
-            one, other = stored[i], stored[j]
-            if (is_dense(one) and is_dense(other)) or torch.isin(_addresses(one), _addresses(other)).any():
-                raise ValueError(
-                    f"parameters of shapes {list(one.shape)} and {list(other.shape)} share memory: to tie weights, use "
-                    "one Parameter in both places"
-                )
-
-
-def span(param: Tensor) -> tuple[int, int]:
-    """The addresses that its elements lie between."""
-    last = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride()))
-    return param.data_ptr(), param.data_ptr() + (last + 1) * param.element_size()
-
-
-def _addresses(param: Tensor) -> Tensor:
-    """The address of each of its bytes, int64."""
-    places = torch.zeros((), dtype=torch.int64, device="cpu")
-    for size, stride in zip(param.shape, param.stride()):
-        places = places[..., None] + torch.arange(size, device="cpu") * stride
-    size = param.element_size()
-    return param.data_ptr() + (places.flatten()[:, None] * size + torch.arange(size, device="cpu")).flatten()
+    if (shared := two_that_share(stored)) is not None:
+        one, other = (list(stored[i].shape) for i in shared)
+        raise ValueError(
+            f"parameters of shapes {one} and {other} share memory: to tie weights, use one Parameter in both places"
+        )
 
 
 def storage_of(params: Sequence[Tensor]) -> list[int]:

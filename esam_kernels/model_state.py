@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .base import span
+from .ops.memory import span
 from .rollback import Rollback
 from .sharding import ShardedModules
 from .warn import warn

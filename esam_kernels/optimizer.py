@@ -24,7 +24,7 @@ from .passes.ascend import Ascent, check_gradient
 from .passes.draw import drawn
 from .passes.ordinary import check_ordinary
 from .passes.perturb import Perturbation, perturb
-from .passes.sources import copy_gradients, keep_gradients, stateless_base
+from .passes.sources import copy_gradients, is_lost, keep_gradients, stateless_base
 from .rollback import Rollback
 from .sharding import check_same_on_ranks, is_sharded
 from .step import Step, Weight
@@ -201,18 +201,29 @@ class ESAM(torch.optim.Optimizer):
         """
         self._require_idle("load_state_dict()")
         before = [{key: group[key] for key in self._keys.values()} for group in self.param_groups]
-        # Before the base optimizer sees it, since not all of them change groups and state at their very end.
-        options.read([{**own, **group} for own, group in zip(before, state_dict["param_groups"])], self._keys)
+        # Before the base optimizer sees it, since not all of them change groups and state at their very end. What has
+        # another layout, as of an optimizer around another one, is the base's to read.
+        found = state_dict.get("param_groups", before)
+        if len(found) == len(before):  # the base refuses any other number
+            options.read([{**own, **group} for own, group in zip(before, found)], self._keys)
         put_back = keep_contents(self.base)
         try:
             self.base.load_state_dict(state_dict)
+            for group, settings in zip(self.param_groups, before):
+                for key, value in settings.items():
+                    group.setdefault(key, value)
+            options.read(self.param_groups, self._keys)
         except BaseException:
             put_back()
             raise
-        for group, settings in zip(self.param_groups, before):
-            for key, value in settings.items():
-                group.setdefault(key, value)
         options.make_plain(self.param_groups, self._keys)
+        if any(group.get(self._keys["ascent"]) == "previous" for group in found) and is_lost(self.state):
+            self._warn_once(
+                "lost direction",
+                "the loaded state has ascent = 'previous' and no gradient of the last step, so the next step is plain. "
+                "If ascent was changed in training, and this is a checkpoint of torch.distributed.checkpoint, set "
+                "group['ascent'] = 'previous' in all groups before it is loaded",
+            )
         self._set_step_count(self._number)
         self._progress.has_gradient = False
 
@@ -537,10 +548,10 @@ class ESAM(torch.optim.Optimizer):
             found = stateless_base(each_of(self.base), self._keys["rho"])
         self._progress.findings.stateless_base = found
 
-    def _gradients_to_keep(self) -> dict[Tensor, Tensor]:
-        """Those that the next steps may climb along, copied; none unless ``ascent`` is "previous"."""
+    def _gradients_to_keep(self) -> dict[Tensor, Tensor] | None:
+        """Those that the next steps may climb along, copied; None unless ``ascent`` is "previous"."""
         if self.param_groups[0][self._keys["ascent"]] != "previous":
-            return {}
+            return None
         groups = [group for group in self.param_groups if group[self._keys["rho"]] > 0]
         return copy_gradients(params_of(groups), self.state)
 

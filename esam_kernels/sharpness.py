@@ -15,7 +15,7 @@ from .closure import BatchClosure, Closure
 from .last_step import LastStep
 from .passes.ascend import Ascent, ascend, check_gradient, check_reached
 from .passes.between import Between, batch_closures
-from .passes.descend import descend
+from .passes.descend import descend, unscaled
 from .passes.evaluate import MicroBatch
 from .passes.ordinary import ascend_by_closure, descend_by_closure
 from .passes.perturb import perturb, restore
@@ -96,7 +96,7 @@ def sharp_backward(step: Step) -> LastStep:
     between.finish()
     return LastStep(
         True,
-        perturbation.norm,
+        unscaled(step, perturbation.norm) if ascent.losses else perturbation.norm,
         perturbation.weights,
         counts(step.closures, rows, descended),
         _at_weights=surveyed or ascent.losses,

@@ -559,7 +559,7 @@ def machine(result: dict[str, Any]) -> str:
 
 def _commit(result: dict[str, Any]) -> str:
     env = result["environment"]
-    return env["commit"] + (" with uncommitted changes" if env["uncommitted_changes"] else "")
+    return (env["commit"] or "unknown") + (" with uncommitted changes" if env["uncommitted_changes"] else "")
 
 
 def _device_and_torch(result: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .memory import two_that_share
 from .reference import ElementMask, have_same_layout
 
 __all__ = ["ElementMask", "back_up_", "explain", "perturb_", "restore_", "select_top", "squared_norm", "use_backend"]
@@ -32,6 +33,8 @@ _MODULES = {"reference": "reference", "triton": "triton_kernels", "native": "nat
 
 # The package that each backend needs, and its newest version that was tested; `explain` says if there is a newer one.
 _NEWEST_TESTED = {"native": ("torch", (2, 15)), "triton": ("triton", (3, 9))}
+
+_DTYPES = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 _Parts = list[tuple[ModuleType, list[int]]]  # the indices of the tensors that each backend serves, on each device
 
@@ -50,7 +53,7 @@ def squared_norm(
     Source: ESAM (arXiv 2110.03141) algorithm 1; adaptive: ASAM (arXiv 2102.11600) section 3.
 
     Args:
-        params: weights w, of any real floating dtype, any shapes and strides, on any devices.
+        params: weights w, of float64, float32, bfloat16 or float16, any shapes and strides, on any devices.
         grads: their gradients g, of the same shapes; dtypes and strides may differ from the weights'.
         adaptive: whether to weigh each gradient element with its weight's magnitude.
         mask: which elements count (all of them if None).
@@ -89,7 +92,7 @@ def perturb_(
     exception, ``restore_`` from the backups whose version moved gives back the weights from before the call.
 
     Args:
-        params: weights w, changed in place: any real floating dtype, any shapes and strides, on any devices.
+        params: weights w, changed in place: float64, float32, bfloat16 or float16, any shapes and strides, any devices.
         grads: their gradients g, of the same shapes; dtypes and strides may differ from the weights'.
         backups: where the weights are saved: same shapes, dtypes and devices. None saves nothing, as when ``back_up_``
             has done it.
@@ -103,14 +106,15 @@ def perturb_(
         The norm.
 
     Raises:
-        ValueError: if a list is empty, lengths, shapes, dtypes or devices do not fit, or a backup is a weight; nothing
+        ValueError: if a list is empty, lengths, shapes, dtypes or devices do not fit, or tensors share memory; nothing
             has changed then.
     """
     _check_lists(params, mask, grads=grads, **({} if backups is None else {"backups": backups}))
     if len(coefficients) != len(params):
         raise ValueError(f"got {len(params)} params but {len(coefficients)} coefficients: give one for each tensor")
-    if norm is not None and norm.dim() != 0:
-        raise ValueError(f"norm has shape {list(norm.shape)}: give the 0-dimensional norm over all tensors")
+    if norm is not None and not (isinstance(norm, Tensor) and norm.dim() == 0):
+        what = f"has shape {list(norm.shape)}" if isinstance(norm, Tensor) else f"is {norm!r}"
+        raise ValueError(f"norm {what}: give the 0-dimensional tensor of the norm over all tensors")
     if backups is not None:
         _check_apart(params, backups)
     return _perturb(_partition(params, backups), params, grads, backups, coefficients, norm, adaptive, mask)
@@ -121,11 +125,11 @@ def back_up_(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
     """Save the weights, bit for bit: backup <- w.
 
     Args:
-        params: weights, of any real floating dtype, any shapes and strides, on any devices.
+        params: weights, of float64, float32, bfloat16 or float16, any shapes and strides, on any devices.
         backups: where they are saved: same shapes, dtypes and devices.
 
     Raises:
-        ValueError: if a list is empty, lengths, shapes, dtypes or devices do not fit, or a backup is a weight; nothing
+        ValueError: if a list is empty, lengths, shapes, dtypes or devices do not fit, or tensors share memory; nothing
             has changed then.
     """
     _check_lists(params, None, backups=backups)
@@ -403,8 +407,13 @@ def _check_lists(params: Sequence[Tensor], mask: ElementMask | None, **others: S
                 raise ValueError(f"{name}[{i}] has {attribute} {got[i]}, params[{i}] {wanted[i]}: give the same")
     for name, kinds in dtypes.items():
         for dtype in set(kinds):
-            if not dtype.is_floating_point:
-                raise ValueError(f"{name} has a tensor of {dtype}: floating dtypes are needed")
+            if dtype not in _DTYPES:
+                raise ValueError(
+                    f"{name} has a tensor of {dtype}: one of float64, float32, bfloat16, float16 is needed"
+                )
+    for i, grad in enumerate(others.get("grads", ())):
+        if grad.layout != torch.strided:
+            raise ValueError(f"grads[{i}] is of layout {grad.layout}: give a dense one, grad.to_dense()")
     if mask is not None:
         _check_mask(mask, len(params))
 
@@ -424,12 +433,14 @@ def _check_mask(mask: ElementMask, count: int) -> None:
 
 
 def _check_apart(params: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
-    """Refuse backups that are weights: what an operator saves in them, it would move as well."""
+    """Refuse tensors that share elements: what is saved of one would be moved, or saved over, with the other."""
+    tensors = [*params, *backups]
     if torch.compiler.is_dynamo_compiling():  # which knows no addresses
-        apart = not any(map(is_, params, backups))
+        shared = (0, len(params)) if any(map(is_, params, backups)) else None
     else:
-        addresses = set(map(Tensor.data_ptr, params))
-        addresses.discard(0)  # of what has no elements, or no memory
-        apart = addresses.isdisjoint(map(Tensor.data_ptr, backups))
-    if not apart:
-        raise ValueError("a backup shares its memory with a weight: give tensors of their own, torch.empty_like(param)")
+        shared = two_that_share(tensors)
+    if shared is not None:
+        names = [f"params[{i}]" if i < len(params) else f"backups[{i - len(params)}]" for i in shared]
+        raise ValueError(
+            f"{names[0]} shares memory with {names[1]}: give tensors of their own, as backups torch.empty_like(param)"
+        )

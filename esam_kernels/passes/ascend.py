@@ -81,12 +81,15 @@ def ascend_on_replica(
     evaluate, scale = steered(step), loss_scale(step)
     losses: list[MicroBatch] = []
     grads: list[Tensor | None] = [None] * len(params)
+    seen: Tensor | int = 0
     for closure, index in zip(step.closures, rows):
         unchanged = step.model_state.watch_gradients()
         micro_batch = evaluate(step, closure, index)
         unchanged()
         losses.append(micro_batch.detach())
-        loss = scale(micro_batch.weighted_sum / divisor(losses[0].total_weight))
+        # How much is still to come is not known: what is there becomes a running mean.
+        before, seen = seen, seen + losses[-1].total_weight
+        loss = scale(micro_batch.weighted_sum / divisor(seen))
         # Not backward(): that would fill .grad, fire the hooks on it, and compute the gradients of all weights.
         asked: list[Any] = [*params, *needed_edges(loss, params)]
         found: list[Tensor | None] = list(
@@ -95,8 +98,7 @@ def ascend_on_replica(
         del asked, found[len(params) :]  # edges hold the graph
         refuse_reentrant_checkpoints(step, loss, {w.tensor_id for w, grad in zip(weights, found) if grad is None})
         for i, (total, grad) in enumerate(zip(grads, found)):
-            # Not in place: autograd may return one tensor for two parameters, or a view that repeats an element.
-            grads[i] = grad if total is None else total if grad is None else total + grad
+            grads[i] = _sum(total, before / divisor(seen), grad)
             found[i] = None  # two lists are in memory at most
         del micro_batch, loss, found  # the graph, with its activations, before the next one is built
     # What a backward inside the graph's own, as of reversible layers, has left in .grad is not the last pass's.
@@ -104,6 +106,19 @@ def ascend_on_replica(
         param.grad = None
     put_back()
     return losses, grads
+
+
+def _sum(total: Tensor | None, share: Tensor | float, grad: Tensor | None) -> Tensor | None:
+    """``share * total + grad``, where None is 0.
+
+    Not in place: autograd may return one tensor for two parameters, or a view that repeats an element.
+    """
+    if total is None:
+        return grad
+    if not isinstance(share, Tensor):
+        return total * share if grad is None else torch.add(grad, total, alpha=share)
+    share = share.to(total.device)
+    return total * share if grad is None else torch.addcmul(grad, total, share)
 
 
 def ascend_on_shards(

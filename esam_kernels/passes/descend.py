@@ -61,8 +61,7 @@ def accumulate(
         if weight is None:  # how much is still to come: what is there becomes a running mean
             weight = seen + micro_batch.total_weight
             grads = state.unsynchronized_gradients() + (state.gradients_of_others() if put_back else [])
-            if grads:
-                torch._foreach_mul_(grads, seen / divisor(weight))
+            multiply_(grads, seen / divisor(weight))
         loss = scale(micro_batch.weighted_sum / divisor(weight))
         if loss.requires_grad:
             guard_group_norms(loss, state.params)
@@ -75,6 +74,23 @@ def accumulate(
     if put_back is not None:
         put_back(added=True)
     return done
+
+
+@torch.no_grad()
+def multiply_(tensors: Sequence[Tensor], factor: Tensor | float) -> None:
+    """Multiply tensors on any devices in place with a number, which may be 0-dimensional on one of them."""
+    for device in dict.fromkeys(tensor.device for tensor in tensors):
+        here = [tensor for tensor in tensors if tensor.device == device]
+        torch._foreach_mul_(here, factor.to(device) if isinstance(factor, Tensor) else factor)
+
+
+def unscaled(step: Step, norm: Tensor) -> Tensor:
+    """The norm of a gradient whose loss ``loss_scale`` has scaled, as if it had not; it stays on the device."""
+    scaler = step.grad_scaler
+    if scaler is None or not scaler.is_enabled():
+        return norm
+    one: Tensor = scaler.scale(torch.ones((), device=norm.device))
+    return norm / one
 
 
 def loss_scale(step: Step, norm: Tensor | None = None) -> Scale:

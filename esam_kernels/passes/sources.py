@@ -81,30 +81,54 @@ def stateless_base(bases: Sequence[torch.optim.Optimizer], rho: str) -> str | No
 def copy_gradients(params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> dict[Tensor, Tensor]:
     """Copies of the gradients that a step is about to be taken with, by their parameters.
 
-    If their norm is not finite, such as in a step that a fused optimizer skips for a ``GradScaler``, what was kept
-    before is copied instead, or zeros if there was nothing. That is decided on the device.
+    Zeros for a parameter that has none but had one before: it stays in the next step, and in every checkpoint. If their
+    norm is not finite, such as in a step that a fused optimizer skips for a ``GradScaler``, what was kept before is
+    copied instead, or zeros if there was nothing. That is decided on the device.
     """
     with_grad = [param for param in params if param.grad is not None and param.grad.layout == torch.strided]
     grads = [param.grad for param in with_grad if param.grad is not None]
-    copies = [torch.empty_like(grad) for grad in grads]
-    if not grads:
-        return {}
     local = [local_shard(grad) for grad in grads]
-    finite = sum_over_shards(ops.squared_norm(local, local), grads).isfinite()
-    for param, grad, copy in zip(with_grad, local, map(local_shard, copies)):
+    finite = sum_over_shards(ops.squared_norm(local, local), grads).isfinite() if grads else torch.tensor(True)
+    copies = {}
+    for param, grad in zip(with_grad, grads):
         kept = state.get(param, {}).get(PREVIOUS)
-        other = torch.zeros((), dtype=grad.dtype, device=grad.device) if kept is None else local_shard(kept)
-        torch.where(finite.to(grad.device), grad, other.to(grad.dtype), out=copy)
-    return dict(zip(with_grad, copies))
+        copies[param] = _either(finite, grad, torch.zeros_like(grad) if kept is None else kept)
+    for param in params:
+        if param not in copies and (kept := state.get(param, {}).get(PREVIOUS)) is not None:
+            copies[param] = _either(finite, torch.zeros_like(kept), kept)
+    return copies
 
 
-def keep_gradients(state: MutableMapping[Tensor, dict[str, Any]], copies: Mapping[Tensor, Tensor]) -> None:
-    """Keep these gradients for the next step, and none of those from before.
+def _either(finite: Tensor, grad: Tensor, kept: Tensor) -> Tensor:
+    copy = torch.empty_like(grad)
+    here, other = local_shard(grad), local_shard(kept)
+    torch.where(finite.to(here.device), here, other.to(here.dtype), out=local_shard(copy))
+    return copy
 
-    Only after the base optimizer's step: many take a state that is not empty for one that they have made.
+
+@torch.no_grad()
+def keep_gradients(state: MutableMapping[Tensor, dict[str, Any]], copies: Mapping[Tensor, Tensor] | None) -> None:
+    """Keep these gradients for the next step; with None keep none of those from before either.
+
+    Only after the base optimizer's step: many take a state that is not empty for one that they have made. What is kept
+    stays where it is, for a compiled step, which is compiled anew for a state that looks otherwise.
     """
-    for entry in state.values():
-        if isinstance(entry, dict):  # some bases keep what is no parameter's there, too
-            entry.pop(PREVIOUS, None)
+    if copies is None:
+        for entry in state.values():
+            if isinstance(entry, dict):  # some bases keep what is no parameter's there, too
+                entry.pop(PREVIOUS, None)
+        return
+    kept, new = [], []
     for param, copy in copies.items():
-        state.setdefault(param, {})[PREVIOUS] = copy
+        entry = state.setdefault(param, {})
+        if (there := entry.setdefault(PREVIOUS, copy)) is not copy:
+            kept.append(local_shard(there))
+            new.append(local_shard(copy))
+    if kept:
+        torch._foreach_copy_(kept, new)
+
+
+def is_lost(state: Mapping[Tensor, Any]) -> bool:
+    """Whether a base that has a state has kept no gradient in it."""
+    entries = [entry for entry in state.values() if isinstance(entry, dict)]
+    return any(entries) and not any(PREVIOUS in entry for entry in entries)

@@ -464,14 +464,16 @@ def test_rho_in_proportion_to_the_learning_rate():
 
 def forwards(recipe: Recipe) -> list[int]:
     """How many there are in each step of a recipe, which is run."""
-    counts = [0] * (BATCHES + 1)
+    counts: dict[int, int] = {}
 
     def count(*_):
-        counts[recipe.steps()] += 1
+        counts[recipe.steps()] = counts.get(recipe.steps(), 0) + 1
 
-    recipe["model"].register_forward_pre_hook(count)
-    recipe.run().check_trained()
-    return counts[:BATCHES]
+    hook = recipe["model"].register_forward_pre_hook(count)
+    recipe.run()
+    hook.remove()
+    recipe.check_trained(len(counts))
+    return list(counts.values())
 
 
 def test_sam_at_the_base_optimizer_s_price():
@@ -486,7 +488,7 @@ def test_sam_at_the_base_optimizer_s_price():
 
 def test_momentum_first_and_sam_in_the_tail():
     recipe = Recipe("Momentum first, SAM in the tail")
-    assert forwards(recipe) == [1] * (BATCHES * 3 // 4) + [2] * (BATCHES // 4)
+    assert forwards(recipe) == [1] * (2 * BATCHES * 4 // 5) + [2] * (2 * BATCHES - 2 * BATCHES * 4 // 5)
 
 
 def test_sam_on_normalization_layers_alone():

@@ -519,7 +519,7 @@ ONE = torch.tensor(1.0)
         (lambda: ops.squared_norm([], []), "got no params: give at least one"),
         (lambda: ops.squared_norm([W], []), "got 1 params but 0 grads: give one for each"),
         (lambda: ops.squared_norm([W], [V]), r"grads\[0\] has shape .*3, 2.* params\[0\] .*2, 3.*: give the same"),
-        (lambda: ops.squared_norm([W.int()], [W]), "params has a tensor of torch.int32: floating dtypes are needed"),
+        (lambda: ops.squared_norm([W.int()], [W]), "params has a tensor of torch.int32: one of float64, float32"),
         (lambda: ops.squared_norm([W], [W.to("meta")]), r"grads\[0\] has device meta, params\[0\] cpu: give the same"),
         (
             lambda: ops.squared_norm([W], [W], mask=ElementMask(0, 0, [1, 2])),
@@ -534,9 +534,12 @@ ONE = torch.tensor(1.0)
             r"backups\[0\] has dtype torch.float64.*give the same",
         ),
         (lambda: ops.perturb_([W], [W], [W], [1.0, 2.0], ONE), "got 1 params but 2 coefficients: give one for each"),
-        (lambda: ops.perturb_([W], [W], [W], [1.0], ONE[None]), r"norm has shape \[1\]: give the 0-dimensional norm"),
-        (lambda: ops.perturb_([W], [W], [W], [1.0], ONE), r"a backup shares its memory.*torch\.empty_like\(param\)"),
-        (lambda: ops.perturb_([U, W], [U, W], [W.detach(), torch.empty_like(W)], [1.0] * 2), "shares its memory"),
+        (lambda: ops.perturb_([W], [W], [W], [1.0], ONE[None]), r"norm has shape \[1\]: give the 0-dimensional tensor"),
+        (
+            lambda: ops.perturb_([W], [W], [W], [1.0], ONE),
+            r"params\[.\] shares memory with backups.*torch\.empty_like\(param\)",
+        ),
+        (lambda: ops.perturb_([U, W], [U, W], [W.detach(), torch.empty_like(W)], [1.0] * 2), "shares memory with"),
         (lambda: ops.squared_norm([W], [W], mask=ElementMask(0, 0, [2**32])), r"ids 4294967296 to .*\[0, 2\*\*32\)"),
         (lambda: ops.squared_norm([W], [W], mask=ElementMask(0, 0, [-1])), r"tensor ids -1 to -1.*\[0, 2\*\*32\)"),
         (lambda: ops.squared_norm([W], [W], mask=ElementMask(0, 0, [1], offsets=[-4])), r"offsets -4.*\[0, 2\*\*57\)"),
@@ -544,7 +547,10 @@ ONE = torch.tensor(1.0)
         (lambda: ops.squared_norm([W], [W], mask=ElementMask(-1, 0, [1])), r"seed -1.*\[0, 2\*\*64\)"),
         (lambda: ops.restore_([W], [V]), r"backups\[0\] has shape"),
         (lambda: ops.back_up_([W], [V]), r"backups\[0\] has shape"),
-        (lambda: ops.back_up_([W], [W.detach()]), r"a backup shares its memory.*torch\.empty_like\(param\)"),
+        (
+            lambda: ops.back_up_([W], [W.detach()]),
+            r"params\[.\] shares memory with backups.*torch\.empty_like\(param\)",
+        ),
         (lambda: ops.back_up_([], []), "got no params: give at least one"),
         (lambda: ops.select_top(W, W, 1), r"losses have shapes \[2, 3\] and \[2, 3\]: give two of shape \[b\]"),
         (lambda: ops.select_top(W[0], W[0].to("meta"), 1), "losses are on cpu and meta: give two on one device"),
@@ -589,3 +595,37 @@ def test_explain_says_why_a_backend_is_passed_over(device):
     assert ops.explain(torch.ones(6, device=device)[::2]).startswith(f"reference; not {served}: ")
     tensors = [torch.ones(3, device=device), torch.ones(3, device=device), torch.ones(6, device=device)[::2]]
     assert [line.split(";")[0] for line in ops.explain(tensors).splitlines()] == [f"2 x {served}", "1 x reference"]
+
+
+@pytest.mark.parametrize(
+    ("params", "backups", "names"),
+    [
+        (lambda x: [x[:4]], lambda x: [x[2:6]], r"params\[0\].*backups\[0\]"),
+        (lambda x: [x[:4], x[4:]], lambda x: [torch.empty_like(x[:4])] * 2, r"backups\[0\].*backups\[1\]"),
+        (lambda x: [x[:4]] * 2, lambda x: [torch.empty_like(x[:4]) for _ in range(2)], r"params\[0\].*params\[1\]"),
+    ],
+    ids=["a backup over a weight", "a backup twice", "a weight twice"],
+)
+def test_tensors_that_share_memory_are_refused(device, params, backups, names):
+    x = torch.arange(8.0, device=device)
+    weights, saved, before = params(x), backups(x), x.clone()
+    with pytest.raises(ValueError, match=f"{names}.*empty_like"):
+        ops.back_up_(weights, saved)
+    with pytest.raises(ValueError, match=f"{names}.*empty_like"):
+        ops.perturb_(weights, [torch.ones_like(w) for w in weights], saved, [0.5] * len(weights))
+    assert torch.equal(x, before)
+    gaps = [x[::2], x[1::2]]  # whose elements lie between each other
+    ops.back_up_(gaps, [torch.empty_like(gap) for gap in gaps])
+
+
+def test_what_no_kernel_reads_is_refused(device):
+    w = torch.ones(4, device=device)
+    small = w.to(torch.float8_e4m3fn)
+    for args, words in (
+        (([small], [w], [torch.empty_like(small)], [0.5]), r"float8_e4m3fn: one of float64, float32, bfloat16"),
+        (([w], [w.to_sparse()], [torch.empty_like(w)], [0.5]), r"grads\[0\] is of layout torch.sparse_coo.*to_dense"),
+        (([w], [w.clone()], [torch.empty_like(w)], [0.5], 2.0), r"norm is 2.0: give the 0-dimensional tensor"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ops.perturb_(*args)
+    assert torch.equal(w, torch.ones_like(w))

@@ -636,3 +636,59 @@ def test_what_a_base_keeps_beside_its_parameters_stays(ascent):
     optimizer = ESAM(model.parameters(), Stateless, ascent=ascent, beta=1)
     train(model, optimizer, data())
     assert optimizer.state["k"] == STEPS
+
+
+class Skips(nn.Module):
+    """A network that leaves its last layer out when it is told so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.last, self.skip = network(), nn.LazyLinear(4, dtype=torch.float64), False
+
+    def forward(self, inputs):
+        outputs = self.network(inputs)
+        return outputs if self.skip else self.last(outputs)
+
+
+def test_a_weight_without_a_gradient_in_the_last_step_stays_and_its_entry_too():
+    """An entry that came and went would be missing in a checkpoint, and would have a compiled step compiled anew."""
+    model = Skips()
+    model(data(1)[0][0])
+    optimizer = ESAM(model.parameters(), torch.optim.AdamW, lr=0.01, ascent="previous", beta=1, gamma=1, rho=0.5)
+    train(model, optimizer, data(1))
+    kept = {param: optimizer.state[param][PREVIOUS] for param in model.parameters()}
+    assert all(one.any() for one in kept.values())
+    model.skip = True
+    train(model, optimizer, data(1))
+    assert all(optimizer.state[param][PREVIOUS] is one for param, one in kept.items())
+    assert all(one.any() == (param not in set(model.last.parameters())) for param, one in kept.items())
+    model.skip = False
+    moved = dict(zip(model.parameters(), perturbation(model, optimizer, data(1)[0])))
+    assert all(e.any() == (param not in set(model.last.parameters())) for param, e in moved.items())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_compiled_base_step_is_not_compiled_anew():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    model = network()
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=torch.tensor(0.1), ascent="previous", gamma=1)
+    optimizer.base.step = torch.compile(optimizer.base.step, backend=backend)
+    train(model, optimizer, data(3))
+    before = len(compiled)
+    train(model, optimizer, data(3))
+    assert len(compiled) == before > 0
+
+
+@pytest.mark.parametrize("name", ["GaLore", "Fira", "APOLLO"])
+def test_a_first_moment_in_another_basis_is_refused(name):
+    kind = getattr(pytest.importorskip("pytorch_optimizer"), name)
+    weight = nn.Parameter(torch.ones(4, 4))
+    group = {"params": [weight], "rank": 4, "update_proj_gap": 2, "scale": 1.0, "projection_type": "std"}
+    ESAM([weight], kind, ascent="momentum")  # without a rank it is AdamW
+    with pytest.raises(ValueError, match=rf"ascent = 'momentum': {name}.*another basis.*'previous' or 'gradient'"):
+        ESAM(None, kind([group]), ascent="momentum")

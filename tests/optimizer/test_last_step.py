@@ -171,3 +171,23 @@ def test_a_failed_step_does_not_change_it_and_copies_have_their_own():
     optimizer.step(closure)
     assert optimizer.last_step is not last
     assert last.sharp
+
+
+@pytest.mark.parametrize("parts", [[8], [1, 4, 3]], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_norm_is_that_of_the_mean_loss_however_it_is_computed(parts, weighted, scaled):
+    model = mlp()
+    inputs, targets, weights = INPUTS.float(), TARGETS, torch.arange(8.0)  # the first of them has none
+    loss = cross_entropy(model(inputs), targets)
+    loss = (loss * weights).sum() / weights.sum() if weighted else loss.mean()
+    norm = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).norm()
+
+    def closure(rows):
+        return lambda index: (cross_entropy(model(inputs[rows]), targets[rows]), *([weights[rows]] if weighted else []))
+
+    optimizer = esam(model, beta=1, gamma=1)
+    closures = [closure(rows) for rows in torch.arange(8).split(parts)]
+    closures = closures if weighted else [lambda index, one=one: one(index)[0] for one in closures]
+    optimizer.backward(closures, torch.amp.GradScaler("cpu", init_scale=2.0**15) if scaled else None)
+    torch.testing.assert_close(optimizer.last_step.norm, norm)

@@ -94,6 +94,30 @@ def test_a_base_that_cannot_serve(base, options, error, words):
         ESAM(mlp().parameters(), base, **options)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("Lion", {"maximize": True}, "maximize = True: .*negate"),
+        ("SophiaH", {"lr": 0.1}, "SophiaH, which needs a graph of the gradients"),
+        ("AdaHessian", {"lr": 0.1}, "AdaHessian, which needs a graph of the gradients"),
+        ("SafeFP16Optimizer", {}, "SafeFP16Optimizer, which does not show its optimizer's defaults"),
+    ],
+)
+def test_bases_of_pytorch_optimizer_that_cannot_serve(kind, options, words):
+    others = pytest.importorskip("pytorch_optimizer")
+    base = getattr(others, kind)
+    make = (
+        base(mlp().parameters(), **options)
+        if kind != "SafeFP16Optimizer"
+        else base(torch.optim.SGD(mlp().parameters()))
+    )
+    with pytest.raises(ValueError, match=words):
+        ESAM(None, make)
+    if options:
+        with pytest.raises(ValueError, match=words):
+            ESAM(mlp().parameters(), base, **options)
+
+
 @pytest.mark.parametrize("params", [None, mlp()], ids=["None", "module"])
 def test_what_is_no_parameters_of_a_base_that_is_to_be_made(params):
     what = "None" if params is None else "a Sequential"

@@ -283,3 +283,36 @@ def test_settings_of_a_ready_base_survive_a_copy_and_a_checkpoint():
     assert same(values(model), values(twin))
     assert twin_optimizer.param_groups[0]["rho"] == 0.8
     assert twin_optimizer.param_groups[0]["esam_rho"] == 0.1
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_checkpoint_that_has_lost_the_last_gradients_is_said(tmp_path):
+    """Where ascent was changed in training, a new optimizer makes no room for them in a distributed checkpoint."""
+    model, optimizer = build("adamw", beta=1, gamma=1)
+    train(model, optimizer, DATA[:2])
+    for group in optimizer.param_groups:
+        group["ascent"] = "previous"
+    train(model, optimizer, DATA[2:5])
+    state = copy.deepcopy(optimizer.state_dict())
+    resumed = build("adamw", beta=1, gamma=1)[1]
+    resumed.load_state_dict(copy.deepcopy(state))  # as it should be
+    for entry in state["state"].values():
+        del entry["esam_previous"]
+    with pytest.warns(UserWarning, match=r"no gradient of the last step.*next step is plain.*group\['ascent'\]"):
+        build("adamw", beta=1, gamma=1)[1].load_state_dict(state)
+
+
+def test_a_base_around_another_optimizer_is_resumed():
+    lookahead = pytest.importorskip("pytorch_optimizer").Lookahead
+
+    def build_around():
+        model = build("sgd")[0]
+        return model, ESAM(None, lookahead(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)), rho=0.2)
+
+    model, optimizer = build_around()
+    train(model, optimizer, DATA[:5])
+    weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    resumed, fresh = build_around()
+    resumed.load_state_dict(weights)
+    fresh.load_state_dict(state)
+    assert fresh.param_groups[0]["esam_step"] == 5
