@@ -3,6 +3,7 @@
 import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -226,7 +227,7 @@ def check_params(groups: Sequence[dict[str, Any]]) -> None:
         if group.get("maximize"):
             raise ValueError(_MAXIMIZES)
         for param in group["params"]:
-            if param.is_complex():
+            if param.is_complex() and param.requires_grad:
                 raise ValueError(
                     f"{_described(param)} is {param.dtype}: ESAM takes real parameters; "
                     "torch.view_as_real gives such a one"
@@ -245,14 +246,17 @@ def check_storage(params: Sequence[Tensor]) -> None:
                 f"{_described(param)} is {count} times in the list: tied weights are trained as one parameter, "
                 "whichever place it is listed for, so list it once, for example list(dict.fromkeys(params))"
             )
-    stored = [local_shard(param) for param in params if not is_lazy(param) and param.device.type != "meta"]
-    for param in stored:
+    # Frozen ones may lie anywhere, but not in one that moves.
+    ordered = sorted(filter(_is_strided, params), key=lambda param: not param.requires_grad)
+    trained = sum(param.requires_grad for param in ordered)
+    stored = list(map(local_shard, ordered))
+    for param in stored[:trained]:
         if not is_dense(param) and addresses(param).unique().numel() < param.numel() * param.element_size():
             raise ValueError(
                 f"a parameter of shape {list(param.shape)} and strides {list(param.stride())} holds elements twice: "
                 "give a contiguous one, such as its clone()"
             )
-    if (shared := two_that_share(stored)) is not None:
+    if (shared := two_that_share(stored, trained)) is not None:
         one, other = (list(stored[i].shape) for i in shared)
         raise ValueError(
             f"parameters of shapes {one} and {other} share memory: to tie weights, use one Parameter in both places"
@@ -264,7 +268,13 @@ def storage_of(params: Sequence[Tensor]) -> list[int]:
     kinds = {type(param): param for param in params}.values()
     if any(map(is_lazy, kinds)) or any(map(is_sharded, kinds)):  # these do not say; FSDP2 keeps its own apart
         return []
-    return [*map(Tensor.data_ptr, params), *map(Tensor.numel, params), *map(Tensor.is_contiguous, params)]
+    stored = params if all(map(_is_strided, params)) else [param for param in params if _is_strided(param)]
+    trained = map(attrgetter("requires_grad"), stored)
+    return [*map(Tensor.data_ptr, stored), *map(Tensor.numel, stored), *map(Tensor.is_contiguous, stored), *trained]
+
+
+def _is_strided(param: Tensor) -> bool:
+    return not is_lazy(param) and param.layout == torch.strided and not param.is_nested
 
 
 def check_not_empty(params: Any) -> None:

@@ -1,6 +1,7 @@
 """From a model, a loss function and a batch to the closure that ``ESAM.backward`` calls."""
 
 import copy
+import io
 from collections import UserDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
@@ -193,6 +194,12 @@ def tensors_behind(function: Any) -> Iterator[tuple[str, Tensor]]:
             items = value.values()
         if len(items) <= _BATCH:
             yield from ((name, one) for one in items if isinstance(one, Tensor) and not is_lazy(one))
+
+
+def iterators_behind(function: Any) -> list[str]:
+    """The names of iterators that a callable names, from which a call takes what the next one does not find."""
+    named = ((name, one) for name, one in _named_by(function) if not isinstance(one, type | io.IOBase))
+    return sorted({name for name, one in named if isinstance(one, Iterator)})
 
 
 def _named_by(function: Any) -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,7 @@ import random
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter, eq, is_not
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -18,13 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from .ops.memory import span
+from .ops.memory import has_address, read_only, span
 from .rollback import Rollback
 from .sharding import ShardedModules
 from .warn import warn
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_WHOLE = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 
 
 @dataclass
@@ -46,8 +47,9 @@ class Findings:
     agreed: bool = False
     # Whether forwards ask for gradients themselves, as those of physics-informed networks do.
     forward_needs_graph: bool = False
-    # Whether it has been looked for state that the passes of a step would share.
-    watched: bool = False
+    # In how many steps of several passes it may have been looked for state that these share, and what was found.
+    watched: int = 0
+    shared: set[str] = field(default_factory=set)
     # The base that keeps nothing of its parameters, as its last step showed; None if all keep something.
     stateless_base: str | None = None
 
@@ -64,8 +66,12 @@ class WrittenWeights:
         self._findings = findings
         self._all = params
         self._lazy = any(map(is_lazy, {type(param): param for param in params}.values()))
+        self._inference = not self._lazy and any(map(Tensor.is_inference, params))
         places = range(len(params)) if findings.written is None else findings.written
         self._params = {i: params[i] for i in places if not is_lazy(params[i])}
+        if findings.written is None:
+            untouchable = read_only(list(self._params.values()))
+            self._params = {i: one for i, one in self._params.items() if _is_usual(one) and id(one) not in untouchable}
         self._before = self._copies()
         if self._params:
             rollback.undo_by(self.put_back)
@@ -83,8 +89,8 @@ class WrittenWeights:
         self._versions, self._values = self._versions_now(), values
 
     def _versions_now(self) -> list[int]:
-        if self._lazy:  # those that have no memory yet have no version either
-            return [-1 if is_lazy(param) else param._version for param in self._all]
+        if self._lazy or self._inference:  # which have no version
+            return [-1 if is_lazy(param) or param.is_inference() else param._version for param in self._all]
         return [param._version for param in self._all]  # of every weight in every step
 
     def first_pass_has_run(self) -> None:
@@ -116,7 +122,10 @@ class WrittenWeights:
         copy_into([self._all[i].data for i in values], list(values.values()))
 
     def _holds(self, place: int, value: Tensor) -> bool:
-        return torch.equal(self._all[place].data, value)
+        try:
+            return torch.equal(self._all[place].data, value)
+        except NotImplementedError:  # as of the smallest floats, which nothing computes with
+            return True
 
 
 class Buffers:
@@ -138,6 +147,8 @@ class Buffers:
         self._attributes = [_own_attributes(module) for module in modules]
         self._lazy = [buffer for buffer in self._found if buffer is not None and is_lazy(buffer)]
         buffers = [buffer for buffer in self._found if buffer is not None and not is_lazy(buffer)]
+        untouchable = read_only(buffers)
+        buffers = [buffer for buffer in buffers if id(buffer) not in untouchable]
         # Nothing can write into a buffer whose elements share memory (an expanded constant): it needs no copy.
         self._plain = _by_dtype([buffer for buffer in buffers if _is_plain(buffer)])
         self._special = [buffer for buffer in buffers if not _is_plain(buffer) and _can_be_written(buffer)]
@@ -213,7 +224,9 @@ class FoundModels:
         """The outermost of the modules alive that hold any of these parameters; looked for when they change."""
         ids = list(map(id, params))
         roots = [root() for root in self._roots]
-        if ids != self._params or None in roots:
+        if ids != self._params or any(
+            root is None for root in roots
+        ):  # not None in roots, which asks a module's __eq__
             found = list(_roots(set(ids)))
             if not found and gc.get_freeze_count():
                 warn(
@@ -274,6 +287,10 @@ class ModelState:
         self._models = models
         self._children = [dict(module._modules) for module in self._modules]
         self._buffers = Buffers(self._modules)
+        # In TorchScript they are fixed.
+        self._parameters = [one for module in self._modules if isinstance(one := module._parameters, dict)]
+        self._found_parameters: list[Any] = []
+        self._parameters_before: list[dict[str, Any]] = []
         self._replicas = [module for module in self._modules if isinstance(module, DistributedDataParallel)]
         self.shards = ShardedModules(self._modules, params)
         self.params = params
@@ -281,14 +298,16 @@ class ModelState:
         found = {id(param): param for module in self._modules for param in module._parameters.values()}
         self._others = [param for key, param in found.items() if param is not None and key not in trained]
         self._devices = _accelerators(params)
+        self._own_equality = any(type(module).__eq__ is not object.__eq__ for module in self._modules)
 
     def serves(self, models: Sequence[nn.Module], params: Sequence[Tensor]) -> bool:
         """Whether a new one, made of these, would be the same; to see that is quicker than to make it.
 
-        Never with FSDP2, whose changes cannot be seen.
+        Never with FSDP2, whose changes cannot be seen, nor where modules say themselves what they are equal to.
         """
         return (
             not self.shards
+            and not self._own_equality
             and len(models) == len(self._models)
             and len(params) == len(self.params)
             and not any(map(is_not, models, self._models))
@@ -320,9 +339,6 @@ class ModelState:
         buffers, random_state = self.keep_buffers(), self.keep_random_state()
         rollback.undo_by(buffers)
         rollback.undo_by(random_state)
-        if not self.shards:  # FSDP2 replaces parameters itself
-            entries = [module._parameters for module in self._modules]  # in TorchScript they are fixed
-            rollback.undo_by(keep_entries([one for one in entries if isinstance(one, dict)]))
         sending = [one for one in self._replicas if one._check_sync_bufs_pre_fwd()] if several else []
         for replica in sending:
             replica._sync_buffers()
@@ -337,8 +353,10 @@ class ModelState:
         """Keep what the first of several passes has left; the function that is returned puts it back after the last."""
         start.written.first_pass_has_run()
         buffers, weights, watched = self.keep_buffers(), start.written.keep_first_pass(), self._watch(findings)
+        bound = self._keep_bound()
 
         def put_back() -> None:
+            bound()
             buffers()
             weights()
             watched()
@@ -346,18 +364,20 @@ class ModelState:
         return put_back
 
     def _watch(self, findings: Findings) -> Callable[[], None]:
-        """In the first step, look for tensors outside of buffers that the passes after the first write.
+        """In the first step, and ever more seldom, look for tensors outside of buffers that later passes write.
 
         Returns:
             The function to call when they have run, which warns of them.
         """
-        if findings.watched or self.shards:
+        findings.watched += 1
+        if self.shards or findings.watched & (findings.watched - 1):  # not the 1st, 2nd, 4th, 8th, ... of these steps
             return lambda: None
-        tensors = [(name, tensor, tensor._version) for name, tensor in self._tensors_outside_buffers()]
+        tensors = [(name, tensor, _place(tensor)) for name, tensor in self._tensors_outside_buffers()]
 
         def passes_have_run() -> None:
-            findings.watched = True
-            written = sorted({name for name, tensor, version in tensors if tensor._version != version})
+            found = {name for name, tensor, place in tensors if _place(tensor) != place}
+            written = sorted(found - findings.shared)
+            findings.shared |= found
             if written:
                 warn(
                     f"forwards write {', '.join(written)}, outside of buffers: each pass of a step does so. Make it a "
@@ -375,13 +395,14 @@ class ModelState:
         """
         if self.shards:
             return
-        weights = [span(param) for param in self.params if not is_lazy(param) and param.numel() > 0]
+        trained = [param for param in self.params if param.requires_grad and not is_lazy(param)]
+        weights = [span(param) for param in trained if has_address(param)]
         for module in self._modules:
             for name, buffer in module._buffers.items():
-                if buffer is None or is_lazy(buffer) or not _is_plain(buffer) or buffer.numel() == 0:
+                if buffer is None or is_lazy(buffer) or not _is_plain(buffer) or not has_address(buffer):
                     continue
                 start, end = span(buffer)
-                if buffer.device.type != "meta" and any(start < stop and begin < end for begin, stop in weights):
+                if buffer.numel() > 0 and any(start < stop and begin < end for begin, stop in weights):
                     raise ValueError(
                         f"the buffer {type(module).__name__}.{name} shares memory with a parameter, which a step "
                         "perturbs, while every pass begins with the buffers from before it: register a copy, or make "
@@ -402,10 +423,48 @@ class ModelState:
                 yield from _tensors_in(value, f"{type(module).__name__}.{name}", seen)
 
     def keep_buffers(self) -> Callable[[], None]:
-        """Keep every buffer and its value; the function that is returned puts them back."""
+        """Keep every buffer and its value, and which parameters modules have; what is returned puts them back."""
         if not self._buffers.current():
             self._buffers = Buffers(self._modules)
-        return self._buffers.keep()
+        values, parameters = self._buffers.keep(), self._keep_parameters()
+
+        def put_back() -> None:
+            parameters()
+            values()
+
+        return put_back
+
+    def _keep_parameters(self) -> Callable[[], None]:
+        """Keep which tensors the modules have as parameters, which a forward may replace, as it may buffers."""
+        if self.shards:  # FSDP2 replaces parameters itself
+            return lambda: None
+        before = list(chain.from_iterable(map(dict.values, self._parameters)))
+        if len(before) != len(self._found_parameters) or any(map(is_not, before, self._found_parameters)):
+            self._found_parameters, self._parameters_before = before, [dict(one) for one in self._parameters]
+        entries = self._parameters_before
+
+        def put_back() -> None:
+            now = list(chain.from_iterable(map(dict.values, self._parameters)))
+            if len(now) != len(before) or any(map(is_not, now, before)):
+                for one, one_before in zip(self._parameters, entries):
+                    if _differ(one, one_before):
+                        _become(one, one_before)
+
+        return put_back
+
+    def _keep_bound(self) -> Callable[[], None]:
+        """Keep the tensors that hooks before forwards have bound to modules, such as pruned and normed weights.
+
+        What is returned binds them again: those of a later pass are made of perturbed weights.
+        """
+        hooked = [vars(module) for module in self._modules if module._forward_pre_hooks]
+        bound = [{name: one for name, one in own.items() if isinstance(one, Tensor)} for own in hooked]
+
+        def put_back() -> None:
+            for own, values in zip(hooked, bound):
+                own.update(values)
+
+        return put_back
 
     def keep_random_state(self) -> Callable[[], None]:
         """Keep the state of every generator that a forward can draw from; the function that is returned replays it.
@@ -530,7 +589,8 @@ class ModelState:
 
 
 def _accelerators(params: Sequence[Tensor]) -> list[torch.device]:
-    return sorted({param.device for param in params} - {torch.device("cpu")}, key=str)
+    found = {param.device for param in params} - {torch.device("cpu")}
+    return sorted((device for device in found if device.type != "meta"), key=str)
 
 
 def _differ(now: dict[str, Any], before: dict[str, Any]) -> bool:
@@ -541,18 +601,6 @@ def _become(now: dict[str, Any], before: dict[str, Any]) -> None:
     now.update(before)
     for name in now.keys() - before.keys():
         del now[name]
-
-
-def keep_entries(dicts: Iterable[dict[str, Any]]) -> Callable[[], None]:
-    """Keep which entries dicts have, such as the buffers of modules; the function that is returned puts them back."""
-    kept = [(one, dict(one)) for one in dicts]
-
-    def put_back() -> None:
-        for now, before in kept:
-            if _differ(now, before):
-                _become(now, before)
-
-    return put_back
 
 
 @torch.no_grad()
@@ -578,6 +626,12 @@ def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return list(groups.values())
 
 
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """What changes when a tensor is written, or its ``.data`` becomes another."""
+    has_address = tensor.layout == torch.strided and not tensor.is_nested and type(tensor) in (Tensor, nn.Parameter)
+    return tensor._version, tensor.data_ptr() if has_address else 0
+
+
 def _tensors_in(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor with a version in a value, with its name; ``seen`` are ids of what is left out."""
     if id(value) in seen:
@@ -598,6 +652,16 @@ def _tensors_in(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Te
     seen.add(id(value))
     for key, item in items:
         yield from _tensors_in(item, f"{name}.{key}", seen)
+
+
+def _is_usual(param: Tensor) -> bool:
+    """Whether a parameter can be copied, compared and written back, as forwards may write only such a one."""
+    odd = param.is_quantized or param.is_nested or param.is_inference() or param.device.type == "meta"
+    return (
+        param.layout == torch.strided
+        and not odd
+        and (param.is_floating_point() or param.is_complex() or param.dtype in _WHOLE)
+    )
 
 
 def _is_inference(buffer: Tensor) -> bool:

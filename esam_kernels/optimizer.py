@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ class _Progress:
     ordinary: OrdinaryClosure | None = None  # whose calls are under way
     models: FoundModels = field(default_factory=FoundModels)  # of ordinary closures
     last: LastStep | None = None
+    zeroed: list[int | None] | None = None  # versions of gradients that zero_grad() has set to zeros
     state: ModelState | None = None  # of the step before, which serves as long as models and parameters are the same
 
     def __getstate__(self) -> dict[str, Any]:
@@ -261,6 +263,8 @@ class ESAM(torch.optim.Optimizer):
             )
         self.base.zero_grad(set_to_none)
         self._progress.has_gradient = self._progress.restored = False
+        params = [] if set_to_none else params_of(self.param_groups)
+        self._progress.zeroed = [None if param.grad is None else param.grad._version for param in params]
         if self._progress.ordinary is not None and set_to_none:
             self._progress.ordinary.forget()
 
@@ -340,7 +344,7 @@ class ESAM(torch.optim.Optimizer):
                 "optimizer.backward(closure, grad_scaler) with a closure(index), then grad_scaler.step(optimizer)"
             )
         loss = None
-        if callable(closure) and _takes_no_index(closure):
+        if callable(closure) and _takes_no_index(closure, unsure=self._takes_ordinary()):
             if self._progress.has_gradient or self._progress.restored:
                 closure()
             else:
@@ -362,6 +366,11 @@ class ESAM(torch.optim.Optimizer):
         Rollback().run(work)
         return loss
 
+    def _takes_ordinary(self) -> bool:
+        """Whether nothing that is set needs the losses of single rows."""
+        group = self.param_groups[0]
+        return bool(group[self._keys["gamma"]] == 1 and group[self._keys["ascent_share"]] == 1)
+
     def _run_ordinary(self, closure: Callable[[], Any], in_step: bool = False) -> Any:
         """The passes of an ordinary closure; what its first call returns.
 
@@ -371,13 +380,17 @@ class ESAM(torch.optim.Optimizer):
         models: Sequence[nn.Module] = ()
         if self.model is None:
             models = [*self._progress.models.of(params_of(self.param_groups)), *modules_behind(closure)]
-        ordinary = OrdinaryClosure(closure, computation_in(closure), params_of(self.param_groups))
+        params = params_of(self.param_groups)
+        zeroed = self._progress.zeroed == [None if param.grad is None else param.grad._version for param in params]
+        ordinary = OrdinaryClosure(closure, computation_in(closure), params, zeroed)
         step = self._make_step(rollback, models=models, ordinary=ordinary)
         check_ordinary(step)
         return self._run(step, "step()", stays=not in_step)
 
     def _run(self, step: Step, phase: str, stays: bool = True) -> Any:
         """Leave the gradient of the step in ``.grad``, or all as it was before; the loss of the first forward."""
+        params = params_of(self.param_groups)
+        trained = [param.requires_grad for param in params]
 
         def work() -> Any:
             step.rollback.undo_by(partial(self._reset, step.number))
@@ -386,6 +399,8 @@ class ESAM(torch.optim.Optimizer):
             if step.ordinary is None:
                 self.base.zero_grad()
             last = sharpness.backward(step)
+            if step.ordinary is None or step.settings.ascent != "gradient":
+                self._warn_of_late_freezing(params, trained)
             loss = step.ordinary.returned[0] if step.ordinary else last.first_loss
             self._set_step_count(step.number + 1)
             self._progress.phase = ""
@@ -526,8 +541,10 @@ class ESAM(torch.optim.Optimizer):
         weights, tensor_id = [], 0
         for group, group_settings in zip(self.param_groups, own):
             for param in group["params"]:
-                # A lazy layer's weights are perturbed from the step on that follows their first forward.
-                if group_settings.rho > 0 and param.requires_grad and not is_lazy(param):
+                # A lazy layer's weights are perturbed from the step on that follows their first forward. What is frozen
+                # now, an ordinary closure may train: pass 1 will tell.
+                trained = param.requires_grad or (ordinary is not None and settings.ascent == "gradient")
+                if group_settings.rho > 0 and trained and not is_lazy(param):
                     weights.append(Weight(param, tensor_id, group_settings))
                 tensor_id += 1
         model_state, findings = self._model_state(closures, models), self._progress.findings
@@ -576,6 +593,14 @@ class ESAM(torch.optim.Optimizer):
                 "step() takes a plain step of the base optimizer, since no backward() of ESAM came before it: call "
                 "optimizer.backward(batch_closure(model, loss_fn, inputs, targets)) in place of loss.backward(), or "
                 "set rho=0 to mean it",
+            )
+
+    def _warn_of_late_freezing(self, params: list[Tensor], trained: list[bool]) -> None:
+        if any(param.requires_grad and not before for param, before in zip(params, trained)):
+            self._warn_once(
+                "late freezing",
+                "the closure sets requires_grad of parameters that were frozen when the step began, so they are "
+                "trained and were not perturbed: set it before the step",
             )
 
     def _warn_of_lost_gradient(self, grad_scaler: torch.amp.GradScaler | None) -> None:
@@ -631,7 +656,8 @@ def _check_scaler(scaler: Any) -> None:
         raise TypeError(f"grad_scaler is {scaler!r}: give the GradScaler that is stepped, or None")
 
 
-def _takes_no_index(closure: Any) -> bool:
+def _takes_no_index(closure: Any, unsure: bool = False) -> bool:
+    """Whether a closure is torch.optim's; ``unsure`` is the answer where its signature leaves both open."""
     try:
         bound = inspect.signature(closure).bind(None)
     except TypeError:
@@ -639,5 +665,11 @@ def _takes_no_index(closure: Any) -> bool:
     except ValueError:  # a built-in without a signature: its call will tell
         return False
     index = bound.signature.parameters[next(iter(bound.arguments))]
+    if index.kind is inspect.Parameter.VAR_POSITIONAL:  # a wrapper, such as a decorator's: what it wraps may tell
+        cells = [cell.cell_contents for cell in getattr(closure, "__closure__", None) or () if cell != CellType()]
+        inner = [one for one in cells if isinstance(one, FunctionType | MethodType | partial)]
+        return _takes_no_index(inner[0], unsure) if len(inner) == 1 else unsure
+    if index.name == "index" or index.default is inspect.Parameter.empty:
+        return False
     # A default that is something binds a variable of a loop, as in lambda inputs=inputs: ...
-    return index.name != "index" and index.default is not inspect.Parameter.empty and index.default is not None
+    return unsure if index.default is None else True

@@ -143,7 +143,6 @@ def modes() -> Callable[[], None]:
         calls.append(partial(torch.set_autocast_enabled, device, torch.is_autocast_enabled(device)))
         calls.append(partial(torch.set_autocast_dtype, device, torch.get_autocast_dtype(device)))
     calls.append(partial(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled()))
-    calls.append(partial(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()))
     nesting = _autocast_nesting()
 
     def put_back() -> None:

@@ -21,6 +21,8 @@ def computation_in(closure: Callable[[], Any]) -> Callable[[], Any]:
     if not isinstance(closure, partial) or len(closure.args) != 3 or not _is_lightnings(closure.func):
         return closure
     module, _, computation = closure.args
+    if getattr(getattr(getattr(module, "trainer", None), "fit_loop", None), "_skip_backward", False):
+        return computation  # weights are averaged, and batch norm's statistics taken anew: there is no step
     batches = getattr(getattr(module, "trainer", None), "accumulate_grad_batches", 1)
     if batches > 1:
         raise RuntimeError(

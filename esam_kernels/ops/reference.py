@@ -102,8 +102,10 @@ def as_params_lie(
     if (  # nearly always, and quick to see
         list(map(attrgetter("dtype"), params)) == list(map(attrgetter("dtype"), tensors))
         and list(map(Tensor.stride, params)) == list(map(Tensor.stride, tensors))
+        and not any(map(Tensor.is_neg, tensors))
     ):
         return list(tensors)
+    tensors = [tensor.resolve_neg() for tensor in tensors]  # kernels read what is stored, without its sign
     return [
         tensor
         if (have_same_layout(param, tensor) and reads(param, tensor))

@@ -209,5 +209,10 @@ def evaluate(
             f"the closure returned {weights.dtype} weights of shape {list(weights.shape)} for losses of shape "
             f"{list(losses.shape)}: return one real weight for each loss"
         )
+    if weights is not None and weights.requires_grad:
+        raise ValueError(
+            "the closure returned weights with a graph, which are taken as constants: give weights.detach(), or learn "
+            "them through the losses, as in losses * weights"
+        )
     dtype = torch.promote_types(losses.dtype, torch.float32)  # sums of bf16 and fp16 losses would lose their digits
     return MicroBatch(losses.to(dtype), None if weights is None else weights.detach().to(dtype))

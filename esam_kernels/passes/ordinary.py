@@ -60,5 +60,5 @@ def _run(step: Step, closure: OrdinaryClosure, last: bool) -> list[MicroBatch]:
     # As torch.optim, whose steps are under no_grad(), calls a closure.
     call = torch.enable_grad()(closure.call)
     result = step.rollback.interruptible(call if last else in_steering_precision(step, call), last)
-    step.findings.closure_works |= closure.check(last, step.findings.closure_works)
+    step.findings.closure_works |= closure.check(last, step.findings.closure_works, result)
     return one_loss(result)

@@ -5,6 +5,7 @@ Source: sharpness-sensitive data selection, ESAM (Du et al., ICLR 2022, arXiv 21
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,16 +32,17 @@ def look(step: Step, between: Between, before: Sequence[MicroBatch] = ()) -> lis
     """
     # In eval mode and without a graph torch's encoder layers take a way of their own, which cuts padding out: its
     # losses cannot be compared with those of the other passes.
-    fast_path = torch.backends.mha.get_fastpath_enabled()
+    token = object()
+    step.rollback.undo_by(partial(_fast_path_back, token))
 
     def run(evaluate: Callable[..., MicroBatch]) -> list[MicroBatch]:
         between.replay()
         sizes: Sequence[int | None] = [len(one.losses) for one in before] or [None] * len(step.closures)
-        torch.backends.mha.set_fastpath_enabled(False)  # put back by the rollback if this fails
+        _fast_path_off(token)
         losses = [
             evaluate(step, closure, size=size, graph=False).detach() for closure, size in zip(step.closures, sizes)
         ]
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+        _fast_path_back(token)
         return losses
 
     if step.findings.forward_needs_graph:
@@ -54,6 +56,21 @@ def look(step: Step, between: Between, before: Sequence[MicroBatch] = ()) -> lis
     losses = run(steered(step))
     step.findings.forward_needs_graph = True
     return losses
+
+
+_looking: dict[object, bool] = {}  # in all threads, with what the fast path was before
+
+
+def _fast_path_off(token: object) -> None:
+    # It is a switch of the whole process: the first to look finds what it was, and the last puts that back.
+    _looking[token] = next(iter(_looking.values()), torch.backends.mha.get_fastpath_enabled())
+    torch.backends.mha.set_fastpath_enabled(False)
+
+
+def _fast_path_back(token: object) -> None:
+    before = _looking.pop(token, None)
+    if before is not None and not _looking:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def extents(step: Step, before: Sequence[MicroBatch]) -> list[tuple[int, torch.device]]:

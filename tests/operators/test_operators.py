@@ -629,3 +629,12 @@ def test_what_no_kernel_reads_is_refused(device):
         with pytest.raises(ValueError, match=words):
             ops.perturb_(*args)
     assert torch.equal(w, torch.ones_like(w))
+
+
+def test_gradients_with_the_negative_bit_have_their_sign(device):
+    grad = torch.tensor([2 + 3j], device=device).conj().imag
+    assert grad.is_neg()
+    w = torch.zeros(1, device=device)
+    norm = ops.perturb_([w], [grad.view(1)], [torch.empty_like(w)], [0.5])
+    assert norm.item() == pytest.approx(3)
+    assert w.item() == pytest.approx(-0.5)

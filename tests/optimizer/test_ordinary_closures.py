@@ -557,3 +557,105 @@ def test_gradients_with_a_graph(ascent):
             mine.step(partial(closure, True, model, mine))
         theirs.step(partial(closure, False, other, theirs))
     assert same(values(model), values(other))
+
+
+def test_a_first_loss_that_is_not_finite_may_be_skipped():
+    model = mlp(dtype=torch.float64)
+    optimizer, before = esam(model), copy.deepcopy(values(model))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(BATCHES[0][0] * torch.nan).square().mean()
+        if loss.isfinite():
+            loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert same(values(model), before)
+
+
+def wrapped(function):
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("way", ["decorated", "an unused argument", "any arguments"])
+def test_a_closure_that_could_take_an_argument(way):
+    model, other = mlp(dtype=torch.float64), mlp(dtype=torch.float64)
+    optimizer, by_hand = esam(model), esam(other)
+    plain = ordinary(model, optimizer, *BATCHES[0])
+    closure = {
+        "decorated": wrapped(plain),
+        "an unused argument": lambda scaler=None: plain(),
+        "any arguments": lambda *_: plain(),
+    }[way]
+    optimizer.step(closure)
+    by_hand.step(ordinary(other, by_hand, *BATCHES[0]))
+    assert same(values(model), values(other))
+    optimizer.step(wrapped(batch_closure(model, each, *BATCHES[0]).__call__))  # this one takes an index
+    by_hand.step(batch_closure(other, each, *BATCHES[0]))
+    assert same(values(model), values(other))
+
+
+@pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_loss_from_outside_of_the_closure_is_refused(layers, retain):
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(layers)))
+    optimizer, before = esam(model), copy.deepcopy(values(model))
+    loss = model(torch.ones(2, 3)).square().mean()
+
+    def closure():
+        optimizer.zero_grad()
+        loss.backward(retain_graph=retain)
+        return loss
+
+    with pytest.raises(RuntimeError) as raised:
+        optimizer.step(closure)
+    said = [str(raised.value), *getattr(raised.value, "__notes__", ())]
+    if hasattr(raised.value, "add_note"):  # from Python 3.11 on
+        assert any("compute the loss inside the closure" in text for text in said)
+    assert same(values(model), before)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("what", ["zeros from before", "a flat buffer of gradients", "a trained image"])
+def test_what_is_looked_after_or_does_no_harm_is_not_warned_of(what):
+    model = mlp(dtype=torch.float64)
+    params = list(model.parameters())
+    inputs = nn.Parameter(BATCHES[0][0].clone())
+    optimizer = esam(nn.ParameterList([*params, inputs]))
+    flat = torch.zeros(sum(param.numel() for param in (*params, inputs)), dtype=torch.float64)
+    if what == "a flat buffer of gradients":
+        for param, part in zip((*params, inputs), flat.split([param.numel() for param in (*params, inputs)])):
+            param.grad = part.view_as(param)
+    for _ in range(3):
+        if what == "zeros from before":
+            optimizer.zero_grad(set_to_none=False)
+
+        def closure():
+            if what == "a trained image":
+                inputs.data.clamp_(-1, 1)
+                with torch.no_grad():
+                    inputs.clamp_(-1, 1)
+                optimizer.zero_grad()
+            if what == "a flat buffer of gradients":
+                flat.zero_()
+            loss = cross_entropy(model(inputs), BATCHES[0][1])
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+def test_a_closure_that_takes_from_an_iterator_is_told_so():
+    model = mlp(dtype=torch.float64)
+    optimizer, taken = esam(model), iter(BATCHES * 2)
+
+    def closure():
+        inputs, targets = next(taken)
+        return ordinary(model, optimizer, inputs, targets)()
+
+    with pytest.warns(UserWarning, match=r"names the iterator taken.*before step\(closure\)"):
+        optimizer.step(closure)

@@ -431,3 +431,31 @@ def test_what_is_trained_on_another_device_costs_no_search(monkeypatch):
     loss = torch.ones((), requires_grad=True) * 2
     assert needed_edges(loss, params) == []
     partial_gradients.guard_group_norms(loss, params)
+
+
+class Product(torch.autograd.Function):
+    """Its gradients are the weights themselves."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return (a * b).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        return b, a
+
+
+def test_a_gradient_that_is_another_weight_is_that_from_before_it_moved():
+    a, b = (nn.Parameter(torch.tensor(row)) for row in ([1.0, 0.0], [0.0, 1.0]))
+    seen = []
+
+    def closure(index):
+        seen.append((a.detach().clone(), b.detach().clone()))
+        return Product.apply(a, b)
+
+    ESAM([a, b], torch.optim.SGD, lr=0.0, rho=1.0, beta=1, gamma=1).step(closure)
+    half = 0.5**0.5
+    torch.testing.assert_close(seen[1][0] - seen[0][0], torch.tensor([0.0, half]))
+    torch.testing.assert_close(seen[1][1] - seen[0][1], torch.tensor([half, 0.0]))

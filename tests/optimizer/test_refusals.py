@@ -639,3 +639,12 @@ def test_groups_that_are_added_by_hand():
     optimizer.param_groups.append({"params": [nn.Parameter(torch.ones(3))], "lr": 0.1})
     with pytest.raises(ValueError, match=r"no 'rho'.*add_param_group\(\)"):
         optimizer.backward(batch_closure(model, cross_entropy, INPUTS, TARGETS))
+
+
+def test_weights_of_samples_with_a_graph():
+    model, gate = mlp(), nn.Linear(1, 1)
+    optimizer = ESAM([*model.parameters(), *gate.parameters()], torch.optim.SGD, lr=0.1)
+    inputs, targets = batches(1)[0]
+    weights = gate(torch.ones(len(inputs), 1))[:, 0]
+    with pytest.raises(ValueError, match=r"weights with a graph.*weights\.detach\(\).*losses \* weights"):
+        optimizer.backward(lambda index: (cross_entropy(model(inputs), targets), weights))

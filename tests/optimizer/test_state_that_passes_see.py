@@ -1,15 +1,18 @@
 """Every pass begins with the state from before the step, and what the first one leaves of it is what stays."""
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import numpy
 import pytest
 import torch
 from networks import batches, cross_entropy, grads, mlp, perturbed, train, values
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from esam_kernels import ESAM, batch_closure, current_pass, first_pass
 
@@ -551,3 +554,150 @@ def test_modules_of_torchscript(make, part):
         sgd(network).backward(batch_closure(network, fails, *DATA[0]))
     assert not getattr(raised.value, "__notes__", [])
     assert all(torch.equal(one, other) for one, other in zip(before, values(network)))
+
+
+class Codebook(nn.Module):
+    """Parameters that a forward makes anew, as widely copied code of vector quantization does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.codes = nn.Linear(4, 4, dtype=torch.float64), nn.Parameter(torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, inputs):
+        outputs = self.layer(inputs)
+        self.codes = nn.Parameter(self.codes.detach() * 0.9 + outputs.detach().mean(0))
+        return outputs + self.codes.detach()
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1])
+def test_parameters_that_a_forward_replaces_are_those_of_the_first_pass(gamma):
+    model = Codebook()
+    twin = copy.deepcopy(model)
+    inputs, targets = torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 4
+    optimizer = ESAM(model.layer.parameters(), torch.optim.SGD, lr=0.0, rho=0.5, beta=1, gamma=gamma)
+    for _ in range(3):
+        optimizer.step(batch_closure(model, cross_entropy, inputs, targets))
+        twin(inputs)
+        assert torch.equal(model.codes, twin.codes)
+    codes = model.codes
+
+    def fail(outputs, targets):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        optimizer.step(batch_closure(model, fail, inputs, targets))
+    assert model.codes is codes
+
+
+@pytest.mark.parametrize("kind", ["pruned", "normed"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_that_hooks_make_are_not_perturbed_ones_between_steps(kind):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    if kind == "pruned":
+        prune.l1_unstructured(model[0], "weight", 0.2)
+    else:
+        nn.utils.weight_norm(model[0])
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.0, rho=0.5, beta=1, gamma=1)
+    optimizer.step(batch_closure(model, cross_entropy, torch.randn(8, 4), torch.arange(8) % 4))
+    found = model[0].weight.detach().clone()
+    model(torch.randn(8, 4))  # which makes it anew
+    assert torch.equal(found, model[0].weight)
+
+
+def test_buffers_that_cannot_be_written_are_left_alone(tmp_path):
+    """A write into a file that is mapped for reading ends the process."""
+    numpy.save(tmp_path / "table.npy", numpy.arange(24, dtype=numpy.float32).reshape(4, 6))
+    table = numpy.load(tmp_path / "table.npy", mmap_mode="r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = torch.from_numpy(table)
+    model = nn.Linear(6, 4)
+    model.register_buffer("table", table)
+    embedding = nn.Embedding.from_pretrained(table, freeze=True)
+    optimizer = ESAM([*model.parameters(), *embedding.parameters()], torch.optim.SGD, lr=0.1, gamma=1, model=model)
+
+    def closure(index):
+        return cross_entropy(model(model.table + embedding.weight), torch.arange(4)).mean()
+
+    optimizer.step(closure)
+    before = values(model)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda index: closure(index) / 0 * (1 / 0))
+    assert all(map(torch.equal, before, values(model)))
+    changed = nn.Buffer(torch.zeros(3))
+    model.register_buffer("changed", changed)  # others are kept as ever
+    optimizer.step(lambda index: closure(index) + changed.add_(1).sum() * 0)
+    assert changed.tolist() == [1, 1, 1]
+
+
+def test_writes_that_begin_later_are_named_too():
+    model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    model[1].requires_grad_(False)
+    optimizer = ESAM(model[0].parameters(), torch.optim.SGD, lr=0.1, gamma=1, model=model)
+    inputs, targets = torch.randn(8, 4), torch.arange(8) % 4
+
+    def closure(index):
+        if optimizer.param_groups[0]["esam_step"] >= 2:
+            with torch.no_grad():
+                model[1].weight.lerp_(model[0].weight, 0.1)
+        return cross_entropy(model[0](inputs), targets).mean()
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(20):
+            optimizer.step(closure)
+    assert sum("forwards write Linear.weight" in str(one.message) for one in said) == 1
+
+
+class Equal(nn.Linear):
+    """A module that says itself what it is equal to."""
+
+    def __eq__(self, other):
+        return self.in_features == other.in_features  # which None has not
+
+    __hash__ = nn.Linear.__hash__
+
+
+def test_modules_may_say_themselves_what_they_are_equal_to():
+    model = nn.Sequential(Equal(4, 4), nn.BatchNorm1d(4))
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, gamma=1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(model(torch.ones(8, 4)), torch.arange(8) % 4).mean()
+        loss.backward()
+        return loss
+
+    for steps in (1, 2, 3):
+        optimizer.step(closure)
+        assert model[1].num_batches_tracked == steps
+
+
+def test_threads_that_look_at_once_leave_torchs_fast_path_on():
+    seen = [threading.Event() for _ in range(3)]
+
+    def work(which):
+        model = nn.Linear(6, 1)
+        optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
+
+        def closure(index):
+            now = current_pass()
+            if which == 0 and now == "look":
+                seen[0].set()
+                seen[1].wait(5)
+            if which == 0 and now == "descend":
+                seen[2].set()
+            if which == 1 and now == "ascend":
+                seen[0].wait(5)
+            if which == 1 and now == "look":
+                seen[1].set()
+                seen[2].wait(5)
+            inputs = torch.ones(8, 6)
+            return model(inputs if index is None else inputs[index]).square().mean(1)
+
+        optimizer.step(closure)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
+    assert all(event.is_set() for event in seen)
+    assert torch.backends.mha.get_fastpath_enabled()
