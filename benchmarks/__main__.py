@@ -28,6 +28,9 @@ def main(argv: list[str]) -> None:
             import_module(f"benchmarks.commands.{argv[0]}").main(argv[1:])
         except UnwritableError as error:
             sys.exit(f"python -m benchmarks {argv[0]}: {error}")
+        except KeyboardInterrupt:
+            print(f"\npython -m benchmarks {argv[0]}: stopped; what it has saved is whole", file=sys.stderr)
+            sys.exit(130)
         return
     lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
     usage = "\n".join(["usage: python -m benchmarks COMMAND [--help]", "", *lines])

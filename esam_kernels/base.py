@@ -21,6 +21,7 @@ _WITHOUT_FIRST_MOMENT = (
 )  # fmt: skip
 
 
+_NEEDS_CLOSURE = ("AliG",)  # of pytorch_optimizer, whose closure has a default that does not serve
 _NEEDS_GRAPH = ("AdaHessian", "SophiaH")  # of pytorch_optimizer: they differentiate the gradients
 _IN_ANOTHER_BASIS = ("APOLLO", "Fira", "GaLore")  # of pytorch_optimizer: where a group has a rank, so is the moment
 _MAXIMIZES = "maximize = True: ESAM minimizes the loss; negate it and leave maximize out"
@@ -146,7 +147,7 @@ def _check_kind(kind: type[torch.optim.Optimizer]) -> None:
             f"base is {kind.__name__}, which needs a graph of the gradients, and backward() leaves none: take another"
         )
     closure = inspect.signature(kind.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    if kind.__name__ in _NEEDS_CLOSURE or (closure is not None and closure.default is inspect.Parameter.empty):
         raise ValueError(f"{kind.__name__} evaluates a closure in its own step, so ESAM cannot be built on it")
 
 

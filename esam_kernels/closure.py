@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
 
 from .eager import eager
 
@@ -280,7 +281,10 @@ def _with_elements(sequence: Any, items: list[Any]) -> Any:
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:
-    return rows.index_select(0, index.to(rows.device))
+    try:
+        return rows.index_select(0, index.to(rows.device))
+    except NotImplementedError as error:
+        raise TypeError(f"no rows can be taken of a tensor of layout {rows.layout}; {BY_HAND}") from error
 
 
 def _map_rows(
@@ -300,6 +304,11 @@ def _map_rows(
     if isinstance(value, Mapping):
         taken = {key: _map_rows(item, f"{path}.{key}", shared, function, seen) for key, item in value.items()}
         return _with_items(value, taken)
+    if isinstance(value, PackedSequence):
+        raise TypeError(
+            f"{path} is a PackedSequence, of which no rows can be taken: give the padded batch and its lengths, and "
+            f"pack it in the model's forward; {BY_HAND}"
+        )
     if isinstance(value, list | tuple):
         items = [_map_rows(item, f"{path}.{i}", shared, function, seen) for i, item in enumerate(value)]
         return _with_elements(value, items)

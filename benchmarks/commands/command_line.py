@@ -1,6 +1,7 @@
 """The command line that the benchmarks share: data, network, device and hyperparameters."""
 
 import argparse
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -198,6 +199,10 @@ def check_training(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
+    for name, least_not in (("lr", math.inf), ("weight_decay", math.inf), ("momentum", 1), ("time_budget", math.inf)):
+        value = getattr(args, name, None)
+        if value is not None and not 0 <= value < least_not:
+            parser.error(f"--{name.replace('_', '-')} {value}: a number in [0, {least_not}) is needed")
     if args.sharpness_samples < 0:
         parser.error(f"--sharpness-samples {args.sharpness_samples}: a number of images is needed, or 0")
 

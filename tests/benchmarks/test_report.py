@@ -377,3 +377,9 @@ def test_operators_with_their_rivals(results):
     assert weights.rows[1][weights.columns.index("foreach")] == f"{expected:.2f}"
     assert "backend" in caption
     assert json.dumps(result["settings"]["models"]) == '["ResNet-18"]'
+
+
+def test_results_from_where_there_is_no_git_are_shown_too(results):
+    for result in results.values():
+        result["environment"] |= {"commit": None, "uncommitted_changes": False}
+    assert "commit unknown; " in documents.as_markdown(results)

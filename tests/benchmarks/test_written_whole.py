@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import record
+from benchmarks.__main__ import main
 from benchmarks.commands import bench, gpu, memory, report, unpack
 from benchmarks.measuring.journal import Journal
 
@@ -128,3 +129,14 @@ def test_a_result_of_which_half_is_there_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         report.main(["--results", str(tmp_path)])
     assert "memory_cpu.json is no result, or only part of one" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_command_in_words(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("benchmarks.commands.train.main", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["train"])
+    assert stopped.value.code == 130
+    assert "stopped; what it has saved is whole" in capsys.readouterr().err

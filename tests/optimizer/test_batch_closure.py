@@ -250,3 +250,9 @@ def test_a_mapping_of_another_kind_is_not_written_to():
     kept = batch["x"]
     call(batch)
     assert batch["x"] is kept
+
+
+def test_a_packed_sequence_is_refused_with_what_to_give_instead():
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(2, 2)])
+    with pytest.raises(TypeError, match=r"inputs is a PackedSequence.*padded batch and its lengths"):
+        batch_closure(nn.LSTM(2, 2), nn.MSELoss(reduction="none"), packed, torch.ones(2))

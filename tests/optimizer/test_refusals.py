@@ -99,6 +99,7 @@ def test_a_base_that_cannot_serve(base, options, error, words):
     [
         ("Lion", {"maximize": True}, "maximize = True: .*negate"),
         ("SophiaH", {"lr": 0.1}, "SophiaH, which needs a graph of the gradients"),
+        ("AliG", {"max_lr": 0.1}, "AliG evaluates a closure in its own step"),
         ("AdaHessian", {"lr": 0.1}, "AdaHessian, which needs a graph of the gradients"),
         ("SafeFP16Optimizer", {}, "SafeFP16Optimizer, which does not show its optimizer's defaults"),
     ],
