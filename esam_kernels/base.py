@@ -269,7 +269,8 @@ def storage_of(params: Sequence[Tensor]) -> list[int]:
     kinds = {type(param): param for param in params}.values()
     if any(map(is_lazy, kinds)) or any(map(is_sharded, kinds)):  # these do not say; FSDP2 keeps its own apart
         return []
-    stored = params if all(map(_is_strided, params)) else [param for param in params if _is_strided(param)]
+    odd = set(map(attrgetter("layout"), params)) != {torch.strided} or any(map(attrgetter("is_nested"), params))
+    stored = [param for param in params if _is_strided(param)] if odd else params
     trained = map(attrgetter("requires_grad"), stored)
     return [*map(Tensor.data_ptr, stored), *map(Tensor.numel, stored), *map(Tensor.is_contiguous, stored), *trained]
 

@@ -381,7 +381,8 @@ class ESAM(torch.optim.Optimizer):
         if self.model is None:
             models = [*self._progress.models.of(params_of(self.param_groups)), *modules_behind(closure)]
         params = params_of(self.param_groups)
-        zeroed = self._progress.zeroed == [None if param.grad is None else param.grad._version for param in params]
+        versions = self._progress.zeroed
+        zeroed = bool(versions) and versions == [None if p.grad is None else p.grad._version for p in params]
         ordinary = OrdinaryClosure(closure, computation_in(closure), params, zeroed)
         step = self._make_step(rollback, models=models, ordinary=ordinary)
         check_ordinary(step)

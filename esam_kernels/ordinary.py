@@ -54,14 +54,7 @@ class OrdinaryClosure:
         for param, grad in zip(self.params, self._before):
             param.grad = grad if last else None
         if not last:
-            # The parameters are looked after, and buffers of gradients are for the closure to clear.
-            known = set(map(id, self.params))
-            gradients = {_storage(grad) for grad in self._before if grad is not None} - {0}
-            named = [
-                (name, one)
-                for name, one in tensors_behind(self._functions[False])
-                if not one.is_inference() and id(one) not in known and _storage(one) not in gradients
-            ]
+            named = [(name, one) for name, one in tensors_behind(self._functions[False]) if not one.is_inference()]
             self._named = [(name, one, one._version) for name, one in named]
 
     def forget(self) -> None:
@@ -80,16 +73,21 @@ class OrdinaryClosure:
         Raises:
             RuntimeError: if it made none and never has, though its loss is finite.
         """
-        written = sorted({name for name, one, version in self._named if one._version != version}) if not last else []
+        written = [] if last else [(name, one) for name, one, version in self._named if one._version != version]
+        if written:  # parameters are looked after, and buffers of gradients are for the closure to clear
+            known = set(map(id, self.params))
+            gradients = {_storage(grad) for grad in self._before if grad is not None} - {0}
+            written = [(name, one) for name, one in written if id(one) not in known and _storage(one) not in gradients]
+        names = ", ".join(sorted({name for name, _ in written}))
         iterators = iterators_behind(self._functions[False]) if not last and not works else []
         if iterators:
             warn(
                 f"the closure names the iterator {', '.join(iterators)} and is called twice in a step: what it takes "
                 "from it is another batch in each call; take the batch before step(closure)"
             )
-        if written:
+        if names:
             warn(
-                f"the closure writes into {', '.join(written)} in place, and is called twice in a step: let it write "
+                f"the closure writes into {names} in place, and is called twice in a step: let it write "
                 "into a copy; what counts or adds up over the steps belongs behind the step"
             )
         before = self._before if last else [None] * len(self.params)

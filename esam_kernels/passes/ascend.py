@@ -102,17 +102,15 @@ def ascend_on_replica(
             found[i] = None  # two lists are in memory at most
         del micro_batch, loss, found  # the graph, with its activations, before the next one is built
     # A function may give one weight as the gradient of another, and it is about to move.
-    moving = {param.data_ptr() for param in params}
-    grads = [grad.clone() if grad is not None and _address(grad) in moving else grad for grad in grads]
+    moving = set(map(Tensor.data_ptr, params))
+    dense = [grad for grad in grads if grad is not None and grad.layout == torch.strided]
+    if not moving.isdisjoint(map(Tensor.data_ptr, dense)):
+        grads = [None if grad is None else grad.clone() for grad in grads]
     # What a backward inside the graph's own, as of reversible layers, has left in .grad is not the last pass's.
     for param in step.model_state.params:
         param.grad = None
     put_back()
     return losses, grads
-
-
-def _address(grad: Tensor) -> int:
-    return grad.data_ptr() if grad.layout == torch.strided else 0
 
 
 def _sum(total: Tensor | None, share: Tensor | float, grad: Tensor | None) -> Tensor | None:
