@@ -47,8 +47,8 @@ class Findings:
     agreed: bool = False
     # Whether forwards ask for gradients themselves, as those of physics-informed networks do.
     forward_needs_graph: bool = False
-    # In how many steps of several passes it may have been looked for state that these share, and what was found.
-    watched: int = 0
+    # Whether it has been looked for state that the passes of a step share, and what was found.
+    watched: bool = False
     shared: set[str] = field(default_factory=set)
     # The base that keeps nothing of its parameters, as its last step showed; None if all keep something.
     stateless_base: str | None = None
@@ -349,10 +349,16 @@ class ModelState:
             self._check_buffers()
         return Start(buffers, random_state, written)
 
-    def keep_first_pass(self, start: Start, findings: Findings) -> Callable[[], None]:
-        """Keep what the first of several passes has left; the function that is returned puts it back after the last."""
+    def keep_first_pass(self, start: Start, findings: Findings, number: int) -> Callable[[], None]:
+        """Keep what the first of several passes has left; the function that is returned puts it back after the last.
+
+        Args:
+            start: what passes begin with.
+            findings: of the steps before.
+            number: the step's.
+        """
         start.written.first_pass_has_run()
-        buffers, weights, watched = self.keep_buffers(), start.written.keep_first_pass(), self._watch(findings)
+        buffers, weights, watched = self.keep_buffers(), start.written.keep_first_pass(), self._watch(findings, number)
         bound = self._keep_bound()
 
         def put_back() -> None:
@@ -363,18 +369,18 @@ class ModelState:
 
         return put_back
 
-    def _watch(self, findings: Findings) -> Callable[[], None]:
+    def _watch(self, findings: Findings, number: int) -> Callable[[], None]:
         """In the first step, and ever more seldom, look for tensors outside of buffers that later passes write.
 
         Returns:
             The function to call when they have run, which warns of them.
         """
-        findings.watched += 1
-        if self.shards or findings.watched & (findings.watched - 1):  # not the 1st, 2nd, 4th, 8th, ... of these steps
+        if self.shards or (findings.watched and number & (number - 1)):  # nor in step 1, 2, 4, 8, ...
             return lambda: None
         tensors = [(name, tensor, _place(tensor)) for name, tensor in self._tensors_outside_buffers()]
 
         def passes_have_run() -> None:
+            findings.watched = True
             found = {name for name, tensor, place in tensors if _place(tensor) != place}
             written = sorted(found - findings.shared)
             findings.shared |= found

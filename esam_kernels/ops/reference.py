@@ -102,7 +102,7 @@ def as_params_lie(
     if (  # nearly always, and quick to see
         list(map(attrgetter("dtype"), params)) == list(map(attrgetter("dtype"), tensors))
         and list(map(Tensor.stride, params)) == list(map(Tensor.stride, tensors))
-        and not any(map(Tensor.is_neg, tensors))
+        and (torch.compiler.is_dynamo_compiling() or not any(map(Tensor.is_neg, tensors)))
     ):
         return list(tensors)
     tensors = [tensor.resolve_neg() for tensor in tensors]  # kernels read what is stored, without its sign

@@ -36,10 +36,11 @@ class Between:
 
     def end(self) -> None:
         """After a pass: what the first one has left is what stays."""
+        step = self._step
         if not self._several:
             self._start.written.first_pass_has_run()
         elif self._put_back is None:
-            self._put_back = self._step.model_state.keep_first_pass(self._start, self._step.findings)
+            self._put_back = step.model_state.keep_first_pass(self._start, step.findings, step.number)
 
     def weights_have_moved(self) -> None:
         """After the perturbation: closures keep no outputs from now on, and its writes do not count as a forward's."""

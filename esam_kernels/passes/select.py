@@ -68,8 +68,13 @@ def _fast_path_off(token: object) -> None:
 
 
 def _fast_path_back(token: object) -> None:
-    before = _looking.pop(token, None)
-    if before is not None and not _looking:
+    before = _looking.get(token)
+    if before is None:
+        return
+    if len(_looking) == 1:  # before it is forgotten what it was
+        torch.backends.mha.set_fastpath_enabled(before)
+    _looking.pop(token, None)
+    if not _looking:  # another thread's look has ended meanwhile
         torch.backends.mha.set_fastpath_enabled(before)
 
 
