@@ -1,10 +1,12 @@
 """From a model, a loss function and a batch to the closure that ``ESAM.backward`` calls."""
 
 import copy
+import dis
 import io
 from collections import UserDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
+from itertools import count
 from types import CellType, FunctionType
 from typing import Any
 
@@ -199,8 +201,10 @@ def tensors_behind(function: Any) -> Iterator[tuple[str, Tensor]]:
 
 def iterators_behind(function: Any) -> list[str]:
     """The names of iterators that a callable names, from which a call takes what the next one does not find."""
-    named = ((name, one) for name, one in _named_by(function) if not isinstance(one, type | io.IOBase))
-    return sorted({name for name, one in named if isinstance(one, Iterator)})
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    attributes = {one.argval for one in dis.get_instructions(code) if "ATTR" in one.opname} if code else set()
+    named = ((name, one) for name, one in _named_by(function) if not isinstance(one, type | io.IOBase | count))
+    return sorted({name for name, one in named if isinstance(one, Iterator) and name not in attributes})
 
 
 def _named_by(function: Any) -> Iterator[tuple[str, Any]]:

@@ -50,6 +50,8 @@ class Findings:
     # Whether it has been looked for state that the passes of a step share, and what was found.
     watched: bool = False
     shared: set[str] = field(default_factory=set)
+    # Whether it has been looked for iterators in an ordinary closure.
+    iterators: bool = False
     # The base that keeps nothing of its parameters, as its last step showed; None if all keep something.
     stateless_base: str | None = None
 
@@ -289,8 +291,6 @@ class ModelState:
         self._buffers = Buffers(self._modules)
         # In TorchScript they are fixed.
         self._parameters = [one for module in self._modules if isinstance(one := module._parameters, dict)]
-        self._found_parameters: list[Any] = []
-        self._parameters_before: list[dict[str, Any]] = []
         self._replicas = [module for module in self._modules if isinstance(module, DistributedDataParallel)]
         self.shards = ShardedModules(self._modules, params)
         self.params = params
@@ -339,6 +339,9 @@ class ModelState:
         buffers, random_state = self.keep_buffers(), self.keep_random_state()
         rollback.undo_by(buffers)
         rollback.undo_by(random_state)
+        if not self.shards:
+            rollback.undo_by(keep_entries(self._parameters))
+            rollback.undo_by(self._keep_bound())
         sending = [one for one in self._replicas if one._check_sync_bufs_pre_fwd()] if several else []
         for replica in sending:
             replica._sync_buffers()
@@ -441,20 +444,19 @@ class ModelState:
         return put_back
 
     def _keep_parameters(self) -> Callable[[], None]:
-        """Keep which tensors the modules have as parameters, which a forward may replace, as it may buffers."""
+        """Keep which tensors the modules have as parameters, which a forward may replace, as it may buffers.
+
+        What a forward adds, as a layer does that makes its weights when it first runs, stays.
+        """
         if self.shards:  # FSDP2 replaces parameters itself
             return lambda: None
-        before = list(chain.from_iterable(map(dict.values, self._parameters)))
-        if len(before) != len(self._found_parameters) or any(map(is_not, before, self._found_parameters)):
-            self._found_parameters, self._parameters_before = before, [dict(one) for one in self._parameters]
-        entries = self._parameters_before
+        before, entries = _values(self._parameters), [dict(one) for one in self._parameters]
 
         def put_back() -> None:
-            now = list(chain.from_iterable(map(dict.values, self._parameters)))
+            now = _values(self._parameters)
             if len(now) != len(before) or any(map(is_not, now, before)):
                 for one, one_before in zip(self._parameters, entries):
-                    if _differ(one, one_before):
-                        _become(one, one_before)
+                    one.update({k: v for k, v in one_before.items() if v is not None and one.get(k) is not None})
 
         return put_back
 
@@ -463,7 +465,8 @@ class ModelState:
 
         What is returned binds them again: those of a later pass are made of perturbed weights.
         """
-        hooked = [vars(module) for module in self._modules if module._forward_pre_hooks]
+        hooks = list(map(attrgetter("_forward_pre_hooks"), self._modules))
+        hooked = [vars(module) for module, some in zip(self._modules, hooks) if some] if any(hooks) else []
         bound = [{name: one for name, one in own.items() if isinstance(one, Tensor)} for own in hooked]
 
         def put_back() -> None:
@@ -607,6 +610,22 @@ def _become(now: dict[str, Any], before: dict[str, Any]) -> None:
     now.update(before)
     for name in now.keys() - before.keys():
         del now[name]
+
+
+def keep_entries(dicts: Sequence[dict[str, Any]]) -> Callable[[], None]:
+    """Keep which entries dicts have; the function that is returned puts them back."""
+    kept = [(one, dict(one)) for one in dicts]
+
+    def put_back() -> None:
+        for now, before in kept:
+            if _differ(now, before):
+                _become(now, before)
+
+    return put_back
+
+
+def _values(dicts: Sequence[dict[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, dicts)))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from operator import attrgetter
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -27,6 +28,7 @@ from .passes.ordinary import check_ordinary
 from .passes.perturb import Perturbation, perturb
 from .passes.sources import copy_gradients, is_lost, keep_gradients, stateless_base
 from .rollback import Rollback
+from .schedule import is_sharp
 from .sharding import check_same_on_ranks, is_sharded
 from .step import Step, Weight
 from .trainers import check_closure_caller, check_plain_caller, computation_in
@@ -219,15 +221,17 @@ class ESAM(torch.optim.Optimizer):
             put_back()
             raise
         options.make_plain(self.param_groups, self._keys)
-        if any(group.get(self._keys["ascent"]) == "previous" for group in found) and is_lost(self.state):
+        self._set_step_count(self._number)
+        self._progress.has_gradient = False
+        climbs = any(group[self._keys["rho"]] > 0 for group in self.param_groups)
+        said = any(group.get(self._keys["ascent"]) == "previous" for group in found)
+        if said and climbs and is_lost(self.state):
             self._warn_once(
                 "lost direction",
                 "the loaded state has ascent = 'previous' and no gradient of the last step, so the next step is plain. "
                 "If ascent was changed in training, and this is a checkpoint of torch.distributed.checkpoint, set "
                 "group['ascent'] = 'previous' in all groups before it is loaded",
             )
-        self._set_step_count(self._number)
-        self._progress.has_gradient = False
 
     @eager
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -344,7 +348,7 @@ class ESAM(torch.optim.Optimizer):
                 "optimizer.backward(closure, grad_scaler) with a closure(index), then grad_scaler.step(optimizer)"
             )
         loss = None
-        if callable(closure) and _takes_no_index(closure, unsure=self._takes_ordinary()):
+        if callable(closure) and _takes_no_index(closure):
             if self._progress.has_gradient or self._progress.restored:
                 closure()
             else:
@@ -366,11 +370,6 @@ class ESAM(torch.optim.Optimizer):
         Rollback().run(work)
         return loss
 
-    def _takes_ordinary(self) -> bool:
-        """Whether nothing that is set needs the losses of single rows."""
-        group = self.param_groups[0]
-        return bool(group[self._keys["gamma"]] == 1 and group[self._keys["ascent_share"]] == 1)
-
     def _run_ordinary(self, closure: Callable[[], Any], in_step: bool = False) -> Any:
         """The passes of an ordinary closure; what its first call returns.
 
@@ -390,8 +389,8 @@ class ESAM(torch.optim.Optimizer):
 
     def _run(self, step: Step, phase: str, stays: bool = True) -> Any:
         """Leave the gradient of the step in ``.grad``, or all as it was before; the loss of the first forward."""
-        params = params_of(self.param_groups)
-        trained = [param.requires_grad for param in params]
+        params = params_of([group for group in self.param_groups if group[self._keys["rho"]] > 0])
+        trained = list(map(attrgetter("requires_grad"), params))
 
         def work() -> Any:
             step.rollback.undo_by(partial(self._reset, step.number))
@@ -400,7 +399,9 @@ class ESAM(torch.optim.Optimizer):
             if step.ordinary is None:
                 self.base.zero_grad()
             last = sharpness.backward(step)
-            if step.ordinary is None or step.settings.ascent != "gradient":
+            # Pass 1 of an ordinary closure finds them.
+            found = step.ordinary is not None and step.settings.ascent == "gradient"
+            if is_sharp(step.settings, step.number) and not found:
                 self._warn_of_late_freezing(params, trained)
             loss = step.ordinary.returned[0] if step.ordinary else last.first_loss
             self._set_step_count(step.number + 1)
@@ -539,13 +540,13 @@ class ESAM(torch.optim.Optimizer):
             self._progress.findings.written = None  # places in another list
         sharp = [group for group, one in zip(self.param_groups, own) if one.rho > 0]
         check_ascent(self.base, settings.ascent, sharp)
+        # What is frozen now, an ordinary closure may train: pass 1 will tell.
+        thaws = ordinary is not None and (settings.ascent, settings.gamma, settings.ascent_share) == ("gradient", 1, 1)
         weights, tensor_id = [], 0
         for group, group_settings in zip(self.param_groups, own):
             for param in group["params"]:
-                # A lazy layer's weights are perturbed from the step on that follows their first forward. What is frozen
-                # now, an ordinary closure may train: pass 1 will tell.
-                trained = param.requires_grad or (ordinary is not None and settings.ascent == "gradient")
-                if group_settings.rho > 0 and trained and not is_lazy(param):
+                # A lazy layer's weights are perturbed from the step on that follows their first forward.
+                if group_settings.rho > 0 and (param.requires_grad or thaws) and not is_lazy(param):
                     weights.append(Weight(param, tensor_id, group_settings))
                 tensor_id += 1
         model_state, findings = self._model_state(closures, models), self._progress.findings
@@ -597,7 +598,8 @@ class ESAM(torch.optim.Optimizer):
             )
 
     def _warn_of_late_freezing(self, params: list[Tensor], trained: list[bool]) -> None:
-        if any(param.requires_grad and not before for param, before in zip(params, trained)):
+        now = list(map(attrgetter("requires_grad"), params))
+        if now != trained and any(one and not before for one, before in zip(now, trained)):
             self._warn_once(
                 "late freezing",
                 "the closure sets requires_grad of parameters that were frozen when the step began, so they are "
@@ -657,8 +659,7 @@ def _check_scaler(scaler: Any) -> None:
         raise TypeError(f"grad_scaler is {scaler!r}: give the GradScaler that is stepped, or None")
 
 
-def _takes_no_index(closure: Any, unsure: bool = False) -> bool:
-    """Whether a closure is torch.optim's; ``unsure`` is the answer where its signature leaves both open."""
+def _takes_no_index(closure: Any, seen: tuple[Any, ...] = ()) -> bool:
     try:
         bound = inspect.signature(closure).bind(None)
     except TypeError:
@@ -669,8 +670,7 @@ def _takes_no_index(closure: Any, unsure: bool = False) -> bool:
     if index.kind is inspect.Parameter.VAR_POSITIONAL:  # a wrapper, such as a decorator's: what it wraps may tell
         cells = [cell.cell_contents for cell in getattr(closure, "__closure__", None) or () if cell != CellType()]
         inner = [one for one in cells if isinstance(one, FunctionType | MethodType | partial)]
-        return _takes_no_index(inner[0], unsure) if len(inner) == 1 else unsure
-    if index.name == "index" or index.default is inspect.Parameter.empty:
-        return False
+        inner = [one for one in inner if one is not closure and one not in seen]
+        return len(inner) == 1 and _takes_no_index(inner[0], (*seen, closure))
     # A default that is something binds a variable of a loop, as in lambda inputs=inputs: ...
-    return unsure if index.default is None else True
+    return index.name != "index" and index.default is not inspect.Parameter.empty and index.default is not None

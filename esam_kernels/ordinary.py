@@ -79,12 +79,6 @@ class OrdinaryClosure:
             gradients = {_storage(grad) for grad in self._before if grad is not None} - {0}
             written = [(name, one) for name, one in written if id(one) not in known and _storage(one) not in gradients]
         names = ", ".join(sorted({name for name, _ in written}))
-        iterators = iterators_behind(self._functions[False]) if not last and not works else []
-        if iterators:
-            warn(
-                f"the closure names the iterator {', '.join(iterators)} and is called twice in a step: what it takes "
-                "from it is another batch in each call; take the batch before step(closure)"
-            )
         if names:
             warn(
                 f"the closure writes into {names} in place, and is called twice in a step: let it write "
@@ -116,6 +110,15 @@ class OrdinaryClosure:
             )
         return True
 
+    def check_iterators(self) -> None:
+        """Warn of what each call takes the next item of."""
+        iterators = iterators_behind(self._functions[False])
+        if iterators:
+            warn(
+                f"the closure names the iterator {', '.join(iterators)} and is called twice in a step: what it takes "
+                "from it is another batch in each call; take the batch before step(closure)"
+            )
+
     def call(self, last: bool) -> Any:
         """Call the function, and keep what its first call returns."""
         try:
@@ -124,7 +127,7 @@ class OrdinaryClosure:
             if self.returned and any(words in str(error) for words in ("a second time", "by an inplace operation")):
                 note(error, OUTSIDE)
             raise
-        if self.returned and isinstance(result, Tensor) and result.requires_grad and result is self._first:
+        if self.returned and isinstance(result, Tensor) and result.grad_fn is not None and result is self._first:
             raise RuntimeError(OUTSIDE)
         self._first = result
         if not self.returned:

@@ -56,8 +56,7 @@ def read_only(tensors: Sequence[Tensor]) -> set[int]:
     except OSError:  # no Linux
         return set()
     ranges = [tuple(int(end, 16) for end in places.split("-")) for places, mode in rows if "w" not in mode]
-    starts = {x.data_ptr(): id(x) for x in foreign}
-    return {key for place, key in starts.items() if any(begin <= place < end for begin, end in ranges)}
+    return {id(x) for x in foreign if any(begin <= x.data_ptr() < end for begin, end in ranges)}
 
 
 def has_address(tensor: Tensor) -> bool:

@@ -102,7 +102,7 @@ def ascend_on_replica(
             found[i] = None  # two lists are in memory at most
         del micro_batch, loss, found  # the graph, with its activations, before the next one is built
     # A function may give one weight as the gradient of another, and it is about to move.
-    moving = set(map(Tensor.data_ptr, params))
+    moving = set(map(Tensor.data_ptr, params)) - {0}
     dense = [grad for grad in grads if grad is not None and grad.layout == torch.strided]
     if not moving.isdisjoint(map(Tensor.data_ptr, dense)):
         grads = [None if grad is None else grad.clone() for grad in grads]
@@ -120,10 +120,13 @@ def _sum(total: Tensor | None, share: Tensor | float, grad: Tensor | None) -> Te
     """
     if total is None:
         return grad
-    if not isinstance(share, Tensor):
-        return total * share if grad is None else torch.add(grad, total, alpha=share)
-    share = share.to(total.device)
-    return total * share if grad is None else torch.addcmul(grad, total, share)
+    if isinstance(share, Tensor):
+        share = share.to(total.device)
+    if grad is None:
+        return total * share
+    if {total.layout, grad.layout} != {torch.strided}:  # refused when all are added up
+        return total * share + grad
+    return torch.addcmul(grad, total, share) if isinstance(share, Tensor) else torch.add(grad, total, alpha=share)
 
 
 def ascend_on_shards(

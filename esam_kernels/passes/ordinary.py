@@ -1,5 +1,7 @@
 """The passes of a step whose closure is torch.optim's: it runs the backward of each itself, into ``.grad``."""
 
+from dataclasses import replace
+
 import torch
 
 from ..ordinary import OrdinaryClosure
@@ -36,7 +38,8 @@ def ascend_by_closure(step: Step, closure: OrdinaryClosure) -> Ascent:
     put_back = step.model_state.set_aside_others(step.rollback)
     losses = _run(step, closure, last=False)
     put_back()
-    weights = drawn(step)
+    trained = [weight for weight in step.weights if weight.param.requires_grad]
+    weights = drawn(replace(step, weights=trained)) if trained else []
     grads = [weight.param.grad for weight in weights]
     for weight, grad in zip(weights, grads):
         check_gradient(weight, grad)
@@ -60,5 +63,8 @@ def _run(step: Step, closure: OrdinaryClosure, last: bool) -> list[MicroBatch]:
     # As torch.optim, whose steps are under no_grad(), calls a closure.
     call = torch.enable_grad()(closure.call)
     result = step.rollback.interruptible(call if last else in_steering_precision(step, call), last)
+    if not last and not step.findings.iterators:
+        step.findings.iterators = True
+        closure.check_iterators()
     step.findings.closure_works |= closure.check(last, step.findings.closure_works, result)
     return one_loss(result)

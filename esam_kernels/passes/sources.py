@@ -88,7 +88,9 @@ def copy_gradients(params: Sequence[Tensor], state: Mapping[Tensor, Mapping[str,
     with_grad = [param for param in params if param.grad is not None and param.grad.layout == torch.strided]
     grads = [param.grad for param in with_grad if param.grad is not None]
     local = [local_shard(grad) for grad in grads]
-    finite = sum_over_shards(ops.squared_norm(local, local), grads).isfinite() if grads else torch.tensor(True)
+    finite = (
+        sum_over_shards(ops.squared_norm(local, local), grads).isfinite() if grads else torch.tensor(True, device="cpu")
+    )
     copies = {}
     for param, grad in zip(with_grad, grads):
         kept = state.get(param, {}).get(PREVIOUS)
@@ -121,7 +123,10 @@ def keep_gradients(state: MutableMapping[Tensor, dict[str, Any]], copies: Mappin
     kept, new = [], []
     for param, copy in copies.items():
         entry = state.setdefault(param, {})
-        if (there := entry.setdefault(PREVIOUS, copy)) is not copy:
+        there = entry.get(PREVIOUS)
+        if there is None or (there.dtype, there.device) != (copy.dtype, copy.device):
+            entry[PREVIOUS] = copy
+        else:
             kept.append(local_shard(there))
             new.append(local_shard(copy))
     if kept:

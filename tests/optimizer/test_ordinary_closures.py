@@ -581,20 +581,23 @@ def wrapped(function):
     return wrapper
 
 
-@pytest.mark.parametrize("way", ["decorated", "an unused argument", "any arguments"])
-def test_a_closure_that_could_take_an_argument(way):
+def counted(function):
+    def wrapper(*args):
+        wrapper.calls += 1
+        return function(*args)
+
+    wrapper.calls = 0
+    return wrapper
+
+
+@pytest.mark.parametrize("decorate", [wrapped, counted])
+def test_a_closure_that_is_decorated(decorate):
     model, other = mlp(dtype=torch.float64), mlp(dtype=torch.float64)
     optimizer, by_hand = esam(model), esam(other)
-    plain = ordinary(model, optimizer, *BATCHES[0])
-    closure = {
-        "decorated": wrapped(plain),
-        "an unused argument": lambda scaler=None: plain(),
-        "any arguments": lambda *_: plain(),
-    }[way]
-    optimizer.step(closure)
+    optimizer.step(decorate(ordinary(model, optimizer, *BATCHES[0])))
     by_hand.step(ordinary(other, by_hand, *BATCHES[0]))
     assert same(values(model), values(other))
-    optimizer.step(wrapped(batch_closure(model, each, *BATCHES[0]).__call__))  # this one takes an index
+    optimizer.step(decorate(batch_closure(model, each, *BATCHES[0]).__call__))  # this one takes an index
     by_hand.step(batch_closure(other, each, *BATCHES[0]))
     assert same(values(model), values(other))
 
@@ -659,3 +662,38 @@ def test_a_closure_that_takes_from_an_iterator_is_told_so():
 
     with pytest.warns(UserWarning, match=r"names the iterator taken.*before step\(closure\)"):
         optimizer.step(closure)
+
+
+def test_a_frozen_part_has_no_share_in_the_draw():
+    """As many weights move as would if the frozen ones were not among the parameters."""
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(8)))
+    model[:6].requires_grad_(False)
+    optimizer = esam(model, beta=0.5)
+    inputs = torch.ones(2, 3)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(inputs).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(12):
+        optimizer.step(closure)
+        assert optimizer.last_step.weights > 0
+
+
+def test_a_frozen_model_with_a_head_that_is_not_perturbed():
+    body, head = nn.Linear(3, 3).requires_grad_(False), nn.Linear(3, 1)
+    groups = [{"params": body.parameters()}, {"params": head.parameters(), "rho": 0.0}]
+    optimizer = ESAM(groups, torch.optim.SGD, lr=0.1, gamma=1)
+    before = copy.deepcopy((values(body), values(head)))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = head(body(torch.ones(2, 3))).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert same(values(body), before[0])
+    assert not same(values(head), before[1])

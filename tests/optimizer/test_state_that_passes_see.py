@@ -613,6 +613,7 @@ def test_buffers_that_cannot_be_written_are_left_alone(tmp_path):
         table = torch.from_numpy(table)
     model = nn.Linear(6, 4)
     model.register_buffer("table", table)
+    model.register_buffer("part", table[:2])
     embedding = nn.Embedding.from_pretrained(table, freeze=True)
     optimizer = ESAM([*model.parameters(), *embedding.parameters()], torch.optim.SGD, lr=0.1, gamma=1, model=model)
 
@@ -701,3 +702,26 @@ def test_threads_that_look_at_once_leave_torchs_fast_path_on():
         list(pool.map(work, range(2)))
     assert all(event.is_set() for event in seen)
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Late(nn.Module):
+    """Makes a parameter in its first forward, and keeps in a flag that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.ready = nn.Linear(4, 4), False
+        self.register_parameter("scale", None)
+
+    def forward(self, inputs):
+        if not self.ready:
+            self.scale, self.ready = nn.Parameter(torch.ones(4)), True
+        return self.layer(inputs * self.scale)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1])
+def test_a_parameter_that_a_forward_makes_stays(gamma):
+    model = Late()
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, gamma=gamma)
+    for _ in range(3):
+        optimizer.step(batch_closure(model, cross_entropy, torch.randn(8, 4), torch.arange(8) % 4))
+    assert isinstance(model.scale, nn.Parameter)
