@@ -29,8 +29,8 @@ class Step:
     Attributes:
         number: counts the steps; draws depend on it and the seed alone.
         settings: what holds for all parameter groups, see ``ESAM``.
-        weights: the parameters that can be perturbed: trainable ones in groups whose rho is not 0, and frozen ones where
-            an ordinary closure may yet train them.
+        weights: the parameters that can be perturbed: trainable ones in groups whose rho is not 0, and frozen ones that
+            an ordinary closure may yet train.
         closures: one for each micro-batch; none where the caller runs the passes, or an ordinary closure does.
         model_state: what a forward must not disturb.
         base_state: the base optimizer's state of each parameter.
