@@ -25,6 +25,7 @@ from .warn import warn
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_FP4 = getattr(torch, "float4_e2m1fn_x2", None)  # which nothing compares
 _WHOLE = frozenset((torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 
 
@@ -124,10 +125,7 @@ class WrittenWeights:
         copy_into([self._all[i].data for i in values], list(values.values()))
 
     def _holds(self, place: int, value: Tensor) -> bool:
-        try:
-            return torch.equal(self._all[place].data, value)
-        except NotImplementedError:  # as of the smallest floats, which nothing computes with
-            return True
+        return torch.equal(self._all[place].data, value)
 
 
 class Buffers:
@@ -653,8 +651,7 @@ def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 def _place(tensor: Tensor) -> tuple[int, int]:
     """What changes when a tensor is written, or its ``.data`` becomes another."""
-    has_address = tensor.layout == torch.strided and not tensor.is_nested and type(tensor) in (Tensor, nn.Parameter)
-    return tensor._version, tensor.data_ptr() if has_address else 0
+    return tensor._version, tensor.data_ptr() if has_address(tensor) else 0
 
 
 def _tensors_in(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
@@ -681,7 +678,7 @@ def _tensors_in(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Te
 
 def _is_usual(param: Tensor) -> bool:
     """Whether a parameter can be copied, compared and written back, as forwards may write only such a one."""
-    odd = param.is_quantized or param.is_nested or param.is_inference() or param.device.type == "meta"
+    odd = param.is_quantized or param.is_nested or param.is_inference() or param.is_meta or param.dtype == _FP4
     return (
         param.layout == torch.strided
         and not odd

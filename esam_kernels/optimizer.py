@@ -567,10 +567,10 @@ class ESAM(torch.optim.Optimizer):
             found = stateless_base(each_of(self.base), self._keys["rho"])
         self._progress.findings.stateless_base = found
 
-    def _gradients_to_keep(self) -> dict[Tensor, Tensor] | None:
-        """Those that the next steps may climb along, copied; None unless ``ascent`` is "previous"."""
+    def _gradients_to_keep(self) -> dict[Tensor, Tensor]:
+        """Those that the next steps may climb along, copied; none unless ``ascent`` is "previous"."""
         if self.param_groups[0][self._keys["ascent"]] != "previous":
-            return None
+            return {}
         groups = [group for group in self.param_groups if group[self._keys["rho"]] > 0]
         return copy_gradients(params_of(groups), self.state)
 

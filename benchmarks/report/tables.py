@@ -299,11 +299,18 @@ def _tried(result: dict[str, Any]) -> list[str]:
         return []
     factors = [f"{factor:g}" for factor in result["settings"]["choose"]]
     rows = [
-        [one["label"], *("diverged" if (got := one["tried"][by]) is None else f"{got:.2f}" for by in factors)]
-        for one in configurations.values()
+        [one["label"], *(_tried_cell(one["tried"], factor) for factor in factors)] for one in configurations.values()
     ]
     caption = "What was chosen by: accuracy on the validation part, %, at so many times the usual rho or learning rate:"
     return [caption, table(["configuration", *factors], rows)]
+
+
+def _tried_cell(tried: Mapping[str, float | None], factor: str) -> str:
+    """Empty where its runs are not finished."""
+    if factor not in tried:
+        return ""
+    accuracy = tried[factor]
+    return "diverged" if accuracy is None else f"{accuracy:.2f}"
 
 
 def _radius_or_rate(result: dict[str, Any], name: str) -> str:

@@ -76,7 +76,6 @@ def accumulate(
     return done
 
 
-@torch.no_grad()
 def multiply_(tensors: Sequence[Tensor], factor: Tensor | float) -> None:
     """Multiply tensors on any devices in place with a number, which may be 0-dimensional on one of them."""
     for device in dict.fromkeys(tensor.device for tensor in tensors):

@@ -109,17 +109,15 @@ def _either(finite: Tensor, grad: Tensor, kept: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def keep_gradients(state: MutableMapping[Tensor, dict[str, Any]], copies: Mapping[Tensor, Tensor] | None) -> None:
-    """Keep these gradients for the next step; with None keep none of those from before either.
+def keep_gradients(state: MutableMapping[Tensor, dict[str, Any]], copies: Mapping[Tensor, Tensor]) -> None:
+    """Keep these gradients for the next step, and none of those from before.
 
     Only after the base optimizer's step: many take a state that is not empty for one that they have made. What is kept
     stays where it is, for a compiled step, which is compiled anew for a state that looks otherwise.
     """
-    if copies is None:
-        for entry in state.values():
-            if isinstance(entry, dict):  # some bases keep what is no parameter's there, too
-                entry.pop(PREVIOUS, None)
-        return
+    for param, entry in state.items():
+        if isinstance(entry, dict) and param not in copies:  # some bases keep what is no parameter's there, too
+            entry.pop(PREVIOUS, None)
     kept, new = [], []
     for param, copy in copies.items():
         entry = state.setdefault(param, {})

@@ -441,6 +441,13 @@ def test_factors_are_chosen_on_images_that_are_neither_trained_nor_tested_on(tmp
     rate, rho = f"lr {2 * one.args.lr:g}", f"{one.args.rho / 2:g}"
     assert [row[1] for row in first.rows] == [rate, rho]
     assert chosen.rows == [["SGD", "90.00", "90.00", "95.00"], ["ESAM", "95.00", "90.00", "90.00"]]
+    stopped = sweep(tmp_path / "stopped", *CHOOSE, "--seeds", "1", "--configurations", "sgd", "esam")
+    first, second = stopped.choices("sgd")[:2]
+    stopped.journal.add(stopped._run_key(first), fake_run(accuracy=90.0))
+    stopped.journal.add(stopped._run_key(second), fake_run(accuracy=0.0, diverged=True))
+    shown = tables.frontier(record.header("frontier", one.images.label, one.args) | frontier.summarize(stopped))
+    *_, chosen = (block for block in tables.blocks(shown) if isinstance(block, tables.Table))
+    assert chosen.rows == [["SGD", "90.00", "diverged", ""]]
     validation, train_part = one.args.validation, one.images
     assert torch.equal(validation.train_images, train_part.train_images)
     assert len(validation.test_labels) == 100

@@ -268,6 +268,12 @@ def test_the_gradient_of_the_last_step_is_kept_while_it_is_climbed_along():
     optimizer.backward(batch_closure(model, cross_entropy, *data(1)[0]))
     optimizer.zero_grad(set_to_none=False)  # and a step that was not taken leaves what is kept
     assert same(kept, [optimizer.state[p][PREVIOUS] for p in model.parameters()])
+    optimizer.param_groups[0]["rho"] = 0.0  # while it is, there is nothing to climb along later
+    train(model, optimizer, data(1))
+    assert not any(PREVIOUS in state for state in optimizer.state.values())
+    optimizer.param_groups[0].update(rho=0.1)
+    train(model, optimizer, data(1))
+    assert all(PREVIOUS in state for state in optimizer.state.values())
     optimizer.param_groups[0]["ascent"] = "momentum"
     train(model, optimizer, data(1))
     assert not any(PREVIOUS in state for state in optimizer.state.values())

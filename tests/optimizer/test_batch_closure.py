@@ -256,3 +256,18 @@ def test_a_packed_sequence_is_refused_with_what_to_give_instead():
     packed = nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(2, 2)])
     with pytest.raises(TypeError, match=r"inputs is a PackedSequence.*padded batch and its lengths"):
         batch_closure(nn.LSTM(2, 2), nn.MSELoss(reduction="none"), packed, torch.ones(2))
+
+
+def test_what_no_rows_can_be_taken_of_is_refused_where_some_are_and_serves_where_all_are():
+    jagged = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=torch.jagged)
+    model = nn.Linear(3, 1)
+
+    def one_each(outputs, targets):
+        return torch.stack([part.square().mean() for part in outputs.unbind()])
+
+    closure = batch_closure(model, one_each, jagged, torch.ones(2))
+    ESAM(model.parameters(), torch.optim.SGD, lr=0.1, gamma=1).step(closure)
+    before = [param.detach().clone() for param in model.parameters()]
+    with pytest.raises(TypeError, match=r"no rows can be taken of a tensor of layout torch\.jagged; .*closure"):
+        ESAM(model.parameters(), torch.optim.SGD, lr=0.1, gamma=0.5).step(closure)
+    assert all(map(torch.equal, before, model.parameters()))

@@ -27,6 +27,7 @@ KINDS = {
     "meta": lambda: torch.ones(3, device="meta"),
     "inference": made_in_inference,
     "fp8": lambda: torch.ones(3).to(torch.float8_e4m3fn),
+    "fp4": lambda: torch.zeros(3, dtype=torch.uint8).view(getattr(torch, "float4_e2m1fn_x2", torch.uint8)),
     "quantized": lambda: torch.quantize_per_channel(torch.ones(2, 2), torch.ones(2), torch.zeros(2), 0, torch.qint8),
     "complex": lambda: torch.ones(3, dtype=torch.complex64),
     "expanded": lambda: torch.ones(1).expand(3),
