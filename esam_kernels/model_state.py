@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import attrgetter, eq, is_not
+from operator import attrgetter, is_not
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -285,7 +285,7 @@ class ModelState:
         modules = {id(module): module for model in models for module in model.modules()}
         self._modules = list(modules.values())
         self._models = models
-        self._children = [dict(module._modules) for module in self._modules]
+        self._children = self._children_now()
         self._buffers = Buffers(self._modules)
         # In TorchScript they are fixed.
         self._parameters = [one for module in self._modules if isinstance(one := module._parameters, dict)]
@@ -296,23 +296,26 @@ class ModelState:
         found = {id(param): param for module in self._modules for param in module._parameters.values()}
         self._others = [param for key, param in found.items() if param is not None and key not in trained]
         self._devices = _accelerators(params)
-        self._own_equality = any(type(module).__eq__ is not object.__eq__ for module in self._modules)
 
     def serves(self, models: Sequence[nn.Module], params: Sequence[Tensor]) -> bool:
         """Whether a new one, made of these, would be the same; to see that is quicker than to make it.
 
-        Never with FSDP2, whose changes cannot be seen, nor where modules say themselves what they are equal to.
+        Never with FSDP2, whose changes cannot be seen.
         """
         return (
             not self.shards
-            and not self._own_equality
             and len(models) == len(self._models)
             and len(params) == len(self.params)
             and not any(map(is_not, models, self._models))
             and not any(map(is_not, params, self.params))
-            and all(map(eq, map(attrgetter("_modules"), self._modules), self._children))
+            and len(children := self._children_now()) == len(self._children)
+            and not any(map(is_not, children, self._children))  # a module may say itself what it is equal to
             and self._devices == _accelerators(params)
         )
+
+    def _children_now(self) -> list[nn.Module | None]:
+        # In TorchScript they are in no dictionary.
+        return list(chain.from_iterable(one.values() for one in map(attrgetter("_modules"), self._modules)))
 
     @property
     def trains_batch_norm(self) -> bool:

@@ -74,8 +74,6 @@ def _fast_path_back(token: object) -> None:
     if len(_looking) == 1:  # before it is forgotten what it was
         torch.backends.mha.set_fastpath_enabled(before)
     _looking.pop(token, None)
-    if not _looking:  # another thread's look has ended meanwhile
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def extents(step: Step, before: Sequence[MicroBatch]) -> list[tuple[int, torch.device]]:

@@ -674,6 +674,24 @@ def test_modules_may_say_themselves_what_they_are_equal_to():
         assert model[1].num_batches_tracked == steps
 
 
+class AnyNorm(nn.BatchNorm1d):
+    """A module that is equal to all of its kind."""
+
+    def __eq__(self, other):
+        return isinstance(other, AnyNorm)
+
+    __hash__ = nn.BatchNorm1d.__hash__
+
+
+def test_a_module_in_the_place_of_an_equal_one_is_found():
+    model = nn.Sequential(nn.Linear(4, 4), AnyNorm(4, affine=False))
+    optimizer = ESAM(model.parameters(), torch.optim.SGD, lr=0.1, gamma=1)
+    for steps in (1, 1):
+        optimizer.step(batch_closure(model, cross_entropy, torch.randn(8, 4), torch.arange(8) % 4))
+        assert model[1].num_batches_tracked == steps
+        model[1] = AnyNorm(4, affine=False)
+
+
 def test_threads_that_look_at_once_leave_torchs_fast_path_on():
     seen = [threading.Event() for _ in range(3)]
 
