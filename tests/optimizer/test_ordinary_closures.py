@@ -668,7 +668,7 @@ def test_a_frozen_part_has_no_share_in_the_draw():
     """As many weights move as would if the frozen ones were not among the parameters."""
     model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(8)))
     model[:7].requires_grad_(False)
-    optimizer = esam(model, beta=0.5)
+    optimizer = esam(model, beta=0.1)
     inputs = torch.ones(2, 3)
 
     def closure():
